@@ -1,0 +1,94 @@
+"""One process or many, behind the same few functions (torchrun; NCCL on GPUs, gloo on CPUs).
+
+Without torchrun there is no process group: rank 0 of 1, and every function here does the obvious.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# How long a rank waits for another before it gives up. Longer than rank 0 takes to evaluate alone,
+# short enough that a rank that died does not hold the others (and the machine) for ever.
+TIMEOUT = timedelta(minutes=30)
+
+
+def init_distributed(device: Literal["auto", "cuda", "cpu"] = "auto") -> torch.device:
+    """Join the group that torchrun describes in RANK, WORLD_SIZE and LOCAL_RANK, if it does.
+
+    Returns this process's device; "auto" is a GPU where there is one. Raises ValueError when there
+    is no GPU to give to this process.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if device == "cuda":
+        gpus = torch.cuda.device_count()
+        if gpus == 0:
+            raise ValueError("device=cuda, but PyTorch sees no GPU here: use --device cpu")
+        if local_rank >= gpus:
+            raise ValueError(
+                f"process {local_rank} of this machine has no GPU, there are {gpus}:"
+                f" use torchrun --nproc_per_node={gpus}"
+            )
+        torch.cuda.set_device(local_rank)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        # Both backends on GPUs: objects and barriers then travel over the CPU, not through the GPU.
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    return torch.device(device, local_rank) if device == "cuda" else torch.device("cpu")
+
+
+def shutdown() -> None:
+    """Leave the group, if there is one."""
+    if _has_group():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if _has_group() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if _has_group() else 1
+
+
+def is_main() -> bool:
+    """Whether this is rank 0, the one that writes."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if _has_group():
+        dist.barrier()
+
+
+def reduce_mean(tensor: Tensor) -> Tensor:
+    """The mean over ranks of a tensor of any shape, the same on every rank, without gradient.
+
+    For normalisers such as n_pos, "mean over ranks of the number of positives". The tensor itself
+    stays as it is; whole numbers give a float. Does not wait for the GPU.
+    """
+    total = tensor.detach().clone()
+    if _has_group():
+        dist.all_reduce(total)
+    return total / world_size()
+
+
+def gather_objects(value: Any) -> list[Any] | None:
+    """Every rank's value (anything that pickles), in rank order, on rank 0; None on the others."""
+    if not _has_group():
+        return [value]
+    gathered = [None] * world_size() if is_main() else None
+    dist.gather_object(value, gathered)
+    return gathered
+
+
+def _has_group() -> bool:
+    return dist.is_available() and dist.is_initialized()

@@ -1,0 +1,278 @@
+"""FCOS: a fully convolutional one-stage detector (arXiv 1904.01355), with CondInst's controller on its box tower.
+
+N images · G boxes · K sampled mask locations · C classes · P locations over all levels · D detections
+Every location of strides 8, 16, 32, 64, 128 predicts C class logits, a box as distances (left, top, right, bottom) in
+units of its stride, and a centerness. Boxes are xyxy in pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import batched_nms
+
+STRIDES = (8, 16, 32, 64, 128)
+SIZE_RANGES = ((-1, 64), (64, 128), (128, 256), (256, 512), (512, math.inf))
+
+
+class Locations(NamedTuple):
+    """The P locations of a feature pyramid, level by level, row by row."""
+
+    xy: Tensor  # [P, 2] pixels
+    strides: Tensor  # [P] pixels
+    size_ranges: Tensor  # [P, 2] pixels: the longest distances that a location is responsible for
+    level_sizes: list[int]  # number of locations of each level
+
+
+class Predictions(NamedTuple):
+    """What the head says of every location; `box_features` are the box tower's maps, which the controller reads."""
+
+    class_logits: Tensor  # [N, P, C]
+    distances: Tensor  # [N, P, 4] >= 0, stride units
+    centerness_logits: Tensor  # [N, P]
+    box_features: list[Tensor]  # per level [N, channels, h, w]
+
+
+class Targets(NamedTuple):
+    """What every location should say."""
+
+    labels: Tensor  # [N, P] 0..C-1, or -1 for background
+    distances: Tensor  # [N, P, 4] stride units; 1 in the background
+    box_index: Tensor  # [N, P] which of the image's G boxes; meaningless in the background
+    is_positive: Tensor  # [N, P] bool
+
+
+class Detections(NamedTuple):
+    """One image's detections in descending score."""
+
+    boxes: Tensor  # [D, 4] xyxy pixels of the network's input, not clipped
+    scores: Tensor  # [D]: sqrt(class probability * centerness)
+    labels: Tensor  # [D]
+    location_index: Tensor  # [D] into the P locations
+
+
+class FCOSHead(nn.Module):
+    """Two towers of [conv, GroupNorm, ReLU] shared over levels; class logits from one, box distances, centerness
+    and the controller (the parameters of CondInst's dynamic mask head) from the other."""
+
+    def __init__(
+        self, num_classes: int, channels: int = 256, num_convs: int = 4, num_dynamic: int = 233
+    ) -> None:
+        super().__init__()
+
+        def tower() -> nn.Sequential:
+            layers: list[nn.Module] = []
+            for _ in range(num_convs):
+                conv = nn.Conv2d(channels, channels, 3, padding=1)
+                layers += [conv, nn.GroupNorm(32, channels), nn.ReLU(inplace=True)]
+            return nn.Sequential(*layers)
+
+        self.class_tower, self.box_tower = tower(), tower()
+        self.class_logits = nn.Conv2d(channels, num_classes, 3, padding=1)
+        self.distances = nn.Conv2d(channels, 4, 3, padding=1)
+        self.centerness = nn.Conv2d(channels, 1, 3, padding=1)
+        self.controller = nn.Conv2d(channels, num_dynamic, 3, padding=1)
+        self.scales = nn.Parameter(torch.ones(len(STRIDES)))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.01)
+                nn.init.zeros_(module.bias)
+        nn.init.constant_(self.class_logits.bias, -math.log(99))  # prior probability 0.01
+
+    def forward(self, features: Sequence[Tensor]) -> Predictions:
+        """features P3..P7 [N, channels, h, w]."""
+        logits, distances, centerness, box_features = [], [], [], []
+        for feature, scale in zip(features, self.scales, strict=True):
+            box_feature = self.box_tower(feature)
+            logits.append(self.class_logits(self.class_tower(feature)))
+            distances.append((scale * self.distances(box_feature)).relu())
+            centerness.append(self.centerness(box_feature))
+            box_features.append(box_feature)
+        class_logits, distances, centerness = (
+            at_least_float32(flatten_levels(maps)) for maps in (logits, distances, centerness)
+        )
+        return Predictions(class_logits, distances, centerness.squeeze(-1), box_features)
+
+    def dynamic_params(self, box_features: Sequence[Tensor], index: Tensor) -> Tensor:
+        """The controller's conv evaluated at chosen locations only: their 3x3 patches are gathered and multiplied
+        with the kernel. The same numbers as the dense conv; it is asked for K of P locations.
+
+        box_features per level [N, channels, h, w]; index [N, K] into P. Returns [N, K, num_dynamic].
+        """
+        corners, widths, start = [], [], 0  # of each location's patch in the padded, flattened maps
+        for feature in box_features:
+            height, width = feature.shape[-2:]
+            rows = torch.arange(height, device=index.device) * (width + 2)
+            columns = torch.arange(width, device=index.device)
+            corners.append((start + rows[:, None] + columns).flatten())
+            widths.append(torch.full_like(corners[-1], width + 2))
+            start += (height + 2) * (width + 2)
+        padded = flatten_levels([nn.functional.pad(f, (1, 1, 1, 1)) for f in box_features])
+
+        corner, width = torch.cat(corners)[index], torch.cat(widths)[index]
+        patch = [corner + dy * width + dx for dy in range(3) for dx in range(3)]
+        pixels = torch.stack(patch, dim=-1).flatten(1)  # [N, 9K]
+        images = torch.arange(len(index), device=index.device)[:, None]
+        patches = padded[images, pixels].unflatten(1, (-1, 9)).flatten(2)  # [N, K, 9 * channels]
+        kernel = self.controller.weight.permute(0, 2, 3, 1).flatten(
+            1
+        )  # [num_dynamic, 9 * channels]
+        return nn.functional.linear(patches, kernel, self.controller.bias)
+
+
+def flatten_levels(maps: Sequence[Tensor]) -> Tensor:
+    """Maps [N, C, h, w] of all levels as one [N, P, C]."""
+    return torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Losses and scores leave bfloat16 behind; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def make_locations(features: Sequence[Tensor]) -> Locations:
+    """Cell (i, j) of stride s stands at x = s*j + s//2, y = s*i + s//2."""
+    device = features[0].device
+    xy, strides, ranges, sizes = [], [], [], []
+    for feature, stride, (low, high) in zip(features, STRIDES, SIZE_RANGES, strict=True):
+        height, width = feature.shape[-2:]
+        y = torch.arange(height, device=device, dtype=torch.float32) * stride + stride // 2
+        x = torch.arange(width, device=device, dtype=torch.float32) * stride + stride // 2
+        xy.append(
+            torch.stack((x.expand(height, -1), y[:, None].expand(-1, width)), -1).flatten(0, 1)
+        )
+        sizes.append(height * width)
+        strides.append(torch.full((sizes[-1],), float(stride), device=device))
+        low_high = [torch.full((sizes[-1],), float(v), device=device) for v in (low, high)]
+        ranges.append(torch.stack(low_high, dim=-1))
+    return Locations(torch.cat(xy), torch.cat(strides), torch.cat(ranges), sizes)
+
+
+# --- training: targets and mask locations ---------------------------------------------------------------------------
+
+
+def assign_targets(
+    locations: Locations, boxes: Tensor, labels: Tensor, valid: Tensor, centers: Tensor
+) -> Targets:
+    """Which box each location answers for (FCOS, section 3.1 and 3.2, with centre sampling).
+
+    A location is a candidate for a box if it lies strictly inside centre ± 1.5 strides, cut to the box, and if
+    max(l, t, r, b) is in its level's range, both ends included. Of several boxes the smallest wins, the first of
+    equals. boxes [N, G, 4]; labels, valid [N, G]; centers [N, G, 2].
+
+    Differs from the published code with box supervision: the centre is the box's, not that of its raster.
+    """
+    x, y = locations.xy[:, :1], locations.xy[:, 1:]  # [P, 1]
+    x1, y1, x2, y2 = boxes[:, None].unbind(-1)  # [N, 1, G]
+    reach = 1.5 * locations.strides[:, None]  # [P, 1]
+    center_x, center_y = centers[:, None].unbind(-1)
+    in_center = (
+        (x > torch.maximum(center_x - reach, x1))
+        & (x < torch.minimum(center_x + reach, x2))
+        & (y > torch.maximum(center_y - reach, y1))
+        & (y < torch.minimum(center_y + reach, y2))
+    )
+    longest = torch.maximum(torch.maximum(x - x1, x2 - x), torch.maximum(y - y1, y2 - y))
+    low, high = locations.size_ranges[:, None].unbind(-1)  # [P, 1]
+    is_candidate = in_center & (longest >= low) & (longest <= high) & valid[:, None]
+
+    areas = (x2 - x1) * (y2 - y1)
+    area, box_index = torch.where(is_candidate, areas, math.inf).min(dim=-1)  # [N, P]
+    is_positive = area < math.inf
+
+    box = boxes.gather(1, box_index[..., None].expand(-1, -1, 4))
+    distances = torch.cat((locations.xy - box[..., :2], box[..., 2:] - locations.xy), dim=-1)
+    distances = torch.where(is_positive[..., None], distances / locations.strides[:, None], 1.0)
+    label = torch.where(is_positive, labels.gather(1, box_index), -1)
+    return Targets(label, distances, box_index, is_positive)
+
+
+@torch.no_grad()
+def sample_best_locations(
+    targets: Targets, quality: Tensor, num_boxes: int, limit: int = 64
+) -> tuple[Tensor, Tensor]:
+    """Positive locations that get a mask loss (BoxInst): with u boxes that have a positive, each keeps its
+    max(limit // u, 1) positives of highest quality.
+
+    quality [N, P]: max class probability * centerness. Returns index [N, K] into P and is_real [N, K], the real
+    ones first, K = min(max(limit, num_boxes), P) whatever the data, so that no step waits for the device.
+    """
+    num_images, num_locations = quality.shape
+    group = torch.where(targets.is_positive, targets.box_index, num_boxes)  # last group: nobody's
+    count = torch.zeros(num_images, num_boxes + 1, dtype=torch.int64, device=quality.device)
+    count.scatter_add_(1, group, torch.ones_like(group))
+    boxes_with_positives = (count[:, :num_boxes] > 0).sum(1, keepdim=True)
+    quota = (limit // boxes_with_positives.clamp(min=1)).clamp(min=1)  # [N, 1]
+
+    by_quality = quality.argsort(dim=1, descending=True, stable=True)
+    by_group = group.gather(1, by_quality).argsort(dim=1, stable=True)
+    order = by_quality.gather(1, by_group)  # by box, within a box by quality
+    sorted_group = group.gather(1, order)
+    start = count.cumsum(1) - count
+    rank = torch.arange(num_locations, device=quality.device) - start.gather(1, sorted_group)
+    is_kept = (sorted_group < num_boxes) & (rank < quota)
+
+    slots = min(max(limit, num_boxes), num_locations)
+    is_real, position = is_kept.to(torch.uint8).sort(dim=1, descending=True, stable=True)
+    return order.gather(1, position[:, :slots]), is_real[:, :slots].bool()
+
+
+@torch.no_grad()
+def sample_random_locations(is_positive: Tensor, limit: int = 500) -> tuple[Tensor, Tensor]:
+    """At most `limit` random positives of all images together (CondInst). is_positive [N, P].
+    Returns index and is_real [N, K], K the largest number of an image (read from the device)."""
+    key = torch.where(is_positive, torch.rand(is_positive.shape, device=is_positive.device), -1.0)
+    chosen = torch.zeros_like(is_positive).flatten()
+    chosen[key.flatten().topk(min(limit, key.numel())).indices] = True
+    chosen = chosen.view_as(is_positive) & is_positive
+    slots = max(int(chosen.sum(1).max()), 1)
+    is_real, index = chosen.to(torch.uint8).sort(dim=1, descending=True, stable=True)
+    return index[:, :slots], is_real[:, :slots].bool()
+
+
+# --- inference ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def detect(
+    predictions: Predictions,
+    locations: Locations,
+    pre_nms_threshold: float = 0.05,
+    pre_nms_top: int = 1000,
+    nms_threshold: float = 0.6,
+    max_detections: int = 100,
+) -> list[Detections]:
+    """Decode (FCOS, section 3): p = class probability * centerness over the threshold, the `pre_nms_top` best
+    (location, class) pairs of each level, class-wise NMS over all levels, the `max_detections` best (those tied with
+    the last stay)."""
+    probs = predictions.class_logits.sigmoid() * predictions.centerness_logits.sigmoid()[..., None]
+    num_classes = probs.shape[-1]
+    pairs, start = (
+        [],
+        0,
+    )  # per level: p and number of the pair (location, class), [N, <= pre_nms_top]
+    for size in locations.level_sizes:
+        level = probs[:, start : start + size].flatten(1)
+        p, pair = level.topk(min(pre_nms_top, level.shape[1]), dim=1)
+        pairs.append((p, pair + start * num_classes))
+        start += size
+    best_p = torch.cat([p for p, _ in pairs], dim=1)
+    best_pair = torch.cat([pair for _, pair in pairs], dim=1)
+
+    results = []
+    for p, pair, distances in zip(best_p, best_pair, predictions.distances, strict=True):
+        is_kept = p > pre_nms_threshold
+        scores, pair = p[is_kept].sqrt(), pair[is_kept]
+        index, labels = pair // num_classes, pair % num_classes
+        reach = distances[index] * locations.strides[index, None]
+        xy = locations.xy[index]
+        boxes = torch.cat((xy - reach[:, :2], xy + reach[:, 2:]), dim=1)
+        keep = batched_nms(boxes, scores, labels, nms_threshold)
+        if len(keep) > max_detections:
+            keep = keep[scores[keep] >= scores[keep[max_detections - 1]]]
+        results.append(Detections(boxes[keep], scores[keep], labels[keep], index[keep]))
+    return results

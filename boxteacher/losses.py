@@ -1,0 +1,228 @@
+"""Losses of FCOS, CondInst, BoxInst and BoxTeacher, unreduced: the caller sums and shows the normaliser.
+
+N images · G boxes · K sampled instances · C classes · P locations · H, W the stride-4 grid · 8 neighbours at dilation 2
+
+Sources: focal loss arXiv 1708.02002, GIoU 1902.09630, FCOS 1904.01355, dice 1606.04797, BoxInst 2012.02310,
+BoxTeacher 2210.05174.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# (dy, dx) of the neighbours in reading order; number k and number 7 - k are opposite. A pair of pixels is visited
+# once, from its upper (or left) pixel, along the last four.
+NEIGHBORS = ((-2, -2), (-2, 0), (-2, 2), (0, -2), (0, 2), (2, -2), (2, 0), (2, 2))
+FORWARD = (4, 5, 6, 7)
+
+
+# --- detection ------------------------------------------------------------------------------------------------------
+
+
+def focal_loss(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
+    """Sigmoid focal loss: easy examples fade out (arXiv 1708.02002, eq. 5).
+
+        z = -logit for the labelled class, logit for the others;   L = alpha_t * sigmoid(z)^gamma * softplus(z)
+
+    logits [..., C]; labels [...] in 0..C-1, or -1 for background. Returns [..., C].
+    """
+    is_class = labels[..., None] == torch.arange(logits.shape[-1], device=logits.device)
+    z = torch.where(is_class, -logits, logits)
+    alpha_t = torch.where(is_class, alpha, 1 - alpha).to(logits.dtype)
+    return alpha_t * z.sigmoid() ** gamma * F.softplus(z)
+
+
+def giou_loss(predicted: Tensor, target: Tensor) -> Tensor:
+    """1 - GIoU of two boxes that share a location (arXiv 1902.09630), with FCOS's smoothed IoU.
+
+        iou = (inter + 1) / (union + 1);   giou = iou - (hull - union) / hull
+
+    predicted, target [..., 4]: distances (left, top, right, bottom) >= 0 in stride units. Returns [...].
+    """
+
+    def area(distances: Tensor) -> Tensor:
+        return (distances[..., 0] + distances[..., 2]) * (distances[..., 1] + distances[..., 3])
+
+    intersection = area(torch.minimum(predicted, target))
+    union = area(predicted) + area(target) - intersection
+    hull = area(torch.maximum(predicted, target))
+    iou = (intersection + 1) / (union + 1)
+    return 1 - (iou - (hull - union) / hull.clamp(min=1e-12))
+
+
+def centerness_targets(distances: Tensor) -> Tensor:
+    """How central a location is in its box (FCOS, eq. 3): sqrt(min(l,r)/max(l,r) * min(t,b)/max(t,b)).
+
+    distances [..., 4] > 0. Returns [...] in (0, 1].
+    """
+    left, top, right, bottom = distances.unbind(-1)
+    horizontal = torch.minimum(left, right) / torch.maximum(left, right)
+    vertical = torch.minimum(top, bottom) / torch.maximum(top, bottom)
+    return (horizontal * vertical).sqrt()
+
+
+# --- masks against masks and boxes ----------------------------------------------------------------------------------
+
+
+def dice_loss(probs: Tensor, targets: Tensor, dims: int | tuple[int, ...] = (-2, -1)) -> Tensor:
+    """1 - 2 Σ x y / (Σ x² + Σ y² + 1e-5) over `dims` (V-Net, arXiv 1606.04797). Same shapes in; `dims` are gone."""
+    overlap = (probs * targets).sum(dims)
+    return 1 - 2 * overlap / (probs.square().sum(dims) + targets.square().sum(dims) + 1e-5)
+
+
+def projection_loss(probs: Tensor, box_masks: Tensor) -> Tensor:
+    """A mask casts the same shadow on both axes as its box (BoxInst, arXiv 2012.02310, section 3.1).
+
+        L = dice(max_y m, max_y b) + dice(max_x m, max_x b)
+
+    probs [..., H, W] in [0, 1]; box_masks [..., H, W] in {0, 1}. Returns [...].
+    """
+    return sum(dice_loss(probs.amax(axis), box_masks.amax(axis), -1) for axis in (-2, -1))
+
+
+def box_masks(boxes: Tensor, height: int, width: int, stride: int = 4) -> Tensor:
+    """Boxes as masks: pixel rows int(y1)..int(y2) and columns int(x1)..int(x2), ends included, sampled at
+    stride//2, stride//2 + stride, ... (stride 1: every pixel).
+
+    boxes [..., 4] xyxy in pixels. Returns bool [..., height, width], a grid of that stride.
+    """
+    x1, y1, x2, y2 = boxes.trunc()[..., None].unbind(-2)
+    rows = torch.arange(height, device=boxes.device) * stride + stride // 2
+    columns = torch.arange(width, device=boxes.device) * stride + stride // 2
+    in_rows = (rows >= y1) & (rows <= y2)
+    in_columns = (columns >= x1) & (columns <= x2)
+    return in_rows[..., :, None] & in_columns[..., None, :]
+
+
+# --- pairs of pixels ------------------------------------------------------------------------------------------------
+
+
+def _pairs(x: Tensor, direction: int) -> tuple[Tensor, Tensor]:
+    """x at pixels i and at their neighbours j in a forward direction, over all pairs inside the map."""
+    dy, dx = NEIGHBORS[direction]
+    height, width = x.shape[-2:]
+    left, right = max(-dx, 0), max(dx, 0)
+    return x[..., : height - dy, left : width - right], x[..., dy:, right : width - left]
+
+
+def _pairwise_sums(
+    mask_logits: Tensor, pair_weights: Callable[[int], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Σ w_ij * -log P(i and j have the same label) and Σ w_ij per mask (BoxInst, eq. 4 and 5).
+
+        -log(p_i p_j + (1-p_i)(1-p_j)) = softplus(a_i) + softplus(a_j) - softplus(a_i + a_j),   p = sigmoid(a)
+
+    so no log of a small number is taken. A pair is seen from both its ends: its weight is the sum of the two.
+    mask_logits [..., H, W]; pair_weights(direction) broadcasts to the pairs. Returns two tensors [...].
+    """
+    softplus = F.softplus(mask_logits)
+    loss, weight = 0.0, 0.0
+    for direction in FORWARD:
+        a_i, a_j = _pairs(mask_logits, direction)
+        softplus_i, softplus_j = _pairs(softplus, direction)
+        weights = pair_weights(direction)
+        loss = loss + (weights * (softplus_i + softplus_j - F.softplus(a_i + a_j))).sum((-2, -1))
+        weight = weight + weights.sum((-2, -1), dtype=mask_logits.dtype)
+    return loss, weight
+
+
+def color_pairwise_sums(
+    mask_logits: Tensor, color_edges: Tensor, inside_box: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Pixels of similar colour belong together (BoxInst, section 3.2): w_ij = edge_ij * b_i.
+
+    mask_logits [N, K, H, W]; color_edges bool [N, 8, H, W] (similarity >= tau); inside_box bool [N, K, H, W].
+    Returns Σ w * term and Σ w, each [N, K]; the loss is the sum of the first over max(sum of the second, 1).
+    """
+
+    def pair_weights(direction: int) -> Tensor:
+        box_i, box_j = _pairs(inside_box, direction)
+        edge_ij, _ = _pairs(color_edges[:, None, direction], direction)
+        _, edge_ji = _pairs(color_edges[:, None, 7 - direction], direction)
+        return (edge_ij & box_i).to(mask_logits.dtype) + (edge_ji & box_j)
+
+    return _pairwise_sums(mask_logits, pair_weights)
+
+
+def affinity_loss(
+    mask_logits: Tensor,
+    pseudo_masks: Tensor,
+    inside_box: Tensor,
+    inside_image: Tensor,
+    threshold: float = 0.5,
+) -> Tensor:
+    """Noise-reduced affinity (BoxTeacher, section 3.3, eq. 6 to 8): neighbours that a smoothed pseudo mask t~
+    calls alike should be alike.
+
+        t~ = (t + mean3x3(t)) / 2;  g_ij = t~_i t~_j + (1-t~_i)(1-t~_j);  v_ij = 1[g_ij >= threshold] b_i
+        L = Σ v_ij * -log(p_i p_j + (1-p_i)(1-p_j)) / max(Σ v_ij, 1),  over j inside the image
+
+    mask_logits, pseudo_masks {0, 1}, inside_box bool [N, K, H, W]; inside_image bool [N, H, W]. Returns [N, K].
+    """
+    mean = F.avg_pool2d(pseudo_masks, 3, stride=1, padding=1)  # zero padding, always divided by 9
+    smooth = (pseudo_masks + mean) / 2
+
+    def pair_weights(direction: int) -> Tensor:
+        t_i, t_j = _pairs(smooth, direction)
+        box_i, box_j = _pairs(inside_box, direction)
+        image_i, image_j = _pairs(inside_image[:, None], direction)
+        is_alike = t_i * t_j + (1 - t_i) * (1 - t_j) >= threshold
+        from_i, from_j = is_alike & box_i & image_j, is_alike & box_j & image_i
+        return from_i.to(mask_logits.dtype) + from_j
+
+    loss, weight = _pairwise_sums(mask_logits, pair_weights)
+    return loss / weight.clamp(min=1)
+
+
+# --- colours --------------------------------------------------------------------------------------------------------
+
+
+def rgb_to_lab(rgb: Tensor) -> Tensor:
+    """sRGB (0..255) to CIE L*a*b*, D65 white, 2 degree observer. rgb [N, 3, H, W] float. Returns [N, 3, H, W]."""
+    rgb = rgb / 255
+    linear = torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
+    to_xyz = linear.new_tensor(
+        [
+            [0.412453, 0.357580, 0.180423],
+            [0.212671, 0.715160, 0.072169],
+            [0.019334, 0.119193, 0.950227],
+        ]
+    )
+    white = linear.new_tensor([0.95047, 1.0, 1.08883])[:, None, None]
+    xyz = torch.einsum("dc,nchw->ndhw", to_xyz, linear) / white
+    f = torch.where(xyz > 0.008856, xyz.clamp(min=0.008856) ** (1 / 3), 7.787 * xyz + 16 / 116)
+    x, y, z = f.unbind(1)
+    return torch.stack((116 * y - 16, 500 * (x - y), 200 * (y - z)), dim=1)
+
+
+def inside_masks(
+    sizes: Sequence[tuple[int, int]], rows: int, columns: int, device: torch.device | None = None
+) -> Tensor:
+    """Which points (4j + 2, 4i + 2) of the stride-4 grid lie on the image proper, not in its padding.
+    sizes: (height, width) of each image in pixels. Returns bool [N, rows, columns]."""
+    inside = torch.zeros(len(sizes), rows, columns, dtype=torch.bool, device=device)
+    for mask, (height, width) in zip(inside, sizes, strict=True):
+        mask[: (max(height, 0) + 1) // 4, : (max(width, 0) + 1) // 4] = True
+    return inside
+
+
+def color_similarity(images: Tensor, inside_image: Tensor) -> Tensor:
+    """How alike a pixel and its 8 neighbours are in colour (BoxInst, eq. 6): exp(-‖Lab_i - Lab_j‖ / 2), and 0 for
+    a neighbour outside the image.
+
+    images [N, 3, 4H, 4W] RGB 0..255, before any colour augmentation; inside_image bool [N, H, W].
+    Returns [N, 8, H, W], computed once an image, whatever the number of its boxes.
+    """
+    lab = rgb_to_lab(F.avg_pool2d(images.float(), 4).floor())
+    similarity = lab.new_zeros(images.shape[0], 8, *lab.shape[-2:])
+    for direction in FORWARD:
+        lab_i, lab_j = _pairs(lab, direction)
+        inside_i, inside_j = _pairs(inside_image, direction)
+        alike = (-(lab_i - lab_j).norm(dim=1) / 2).exp()
+        _pairs(similarity[:, direction], direction)[0].copy_(alike * inside_j)
+        _pairs(similarity[:, 7 - direction], direction)[1].copy_(alike * inside_i)
+    return similarity

@@ -1,0 +1,324 @@
+"""Train BoxTeacher, BoxInst or CondInst: `python train.py [PRESET] [--field value ...]`, or the same under torchrun.
+
+`train` below is the whole method. What stands above it are schedules and state; what stands below says how it went.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from boxteacher import distributed
+from boxteacher.backbone import WeightsError
+from boxteacher.checkpoint import CheckpointError, load_checkpoint, load_weights, save_checkpoint
+from boxteacher.config import Config, ConfigError, parse, to_json, warnings
+from boxteacher.data import Batch, CocoDataset, DataError, augment, make_train_loader
+from boxteacher.datasets import make_train_set, make_val_set
+from boxteacher.ema import ema_momentum, update_teacher
+from boxteacher.evaluation import (
+    NoMasksError,
+    evaluate_coco,
+    format_table,
+    predict_dataset,
+    write_results,
+)
+from boxteacher.model import CondInst, build_model
+from boxteacher.reporting import RunLog, make_contact_sheet, pseudo_mask_figures
+
+
+class DivergedError(RuntimeError):
+    """A loss is not a finite number; the message names the losses and the images."""
+
+
+# --- schedules: functions of the step -------------------------------------------------------------
+
+
+def lr_factor(cfg: Config, step: int) -> float:
+    """Linear warm-up from 0.001 to 1, then x0.1 at every drop, or half a cosine down to 0."""
+    progress = min(step / cfg.warmup_steps, 1.0) if cfg.warmup_steps else 1.0
+    warmup = 0.001 * (1 - progress) + progress
+    if cfg.lr_schedule == "cosine":
+        return warmup * 0.5 * (1 + math.cos(math.pi * step / cfg.steps))
+    return warmup * 0.1 ** sum(step >= drop for drop in cfg.lr_drops)
+
+
+def weak_factor(cfg: Config, step: int) -> float:
+    """The share at which losses without true masks count: min((step + 1) / weak_warmup_steps, 1)."""
+    return min((step + 1) / max(cfg.weak_warmup_steps, 1), 1.0)
+
+
+# --- the state of a run ---------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class State:
+    """What a checkpoint holds. `teacher` is None in the modes without one."""
+
+    student: CondInst
+    teacher: CondInst | None
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+
+    @property
+    def judged(self) -> CondInst:
+        """The model that a run is about: the teacher where there is one."""
+        return self.teacher or self.student
+
+
+def make_state(cfg: Config, num_classes: int, device: torch.device) -> State:
+    student = build_model(cfg, num_classes).to(device)
+    if cfg.init:
+        checkpoint = load_checkpoint(cfg.init)
+        load_weights(student, checkpoint["teacher"] or checkpoint["student"], cfg.init)
+    teacher = None
+    if cfg.mode == "boxteacher" and cfg.teacher:
+        teacher = copy.deepcopy(student).requires_grad_(False)
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    if cfg.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(parameters, weight_decay=cfg.weight_decay)
+    else:
+        optimizer = torch.optim.SGD(
+            parameters, momentum=cfg.momentum, weight_decay=cfg.weight_decay
+        )
+    return State(student, teacher, optimizer)
+
+
+def save(cfg: Config, out: Path, state: State, train_set: CocoDataset) -> None:
+    """Rank 0 writes last.pt: all that is needed to go on, to evaluate and to predict."""
+    if not distributed.is_main():
+        return
+    content = {
+        "config": dataclasses.asdict(cfg),
+        "class_names": train_set.class_names,
+        "category_ids": train_set.category_ids,
+        "step": state.step,
+        "student": state.student.state_dict(),
+        "teacher": state.teacher.state_dict() if state.teacher else None,
+        "optimizer": state.optimizer.state_dict(),
+    }
+    save_checkpoint(out / "last.pt", content)
+
+
+def restore(path: Path, state: State, train_set: CocoDataset) -> None:
+    checkpoint = load_checkpoint(path)
+    if checkpoint["category_ids"] != train_set.category_ids:
+        raise CheckpointError(f"{path}: was trained on other classes: {checkpoint['class_names']}")
+    if (checkpoint["teacher"] is None) != (state.teacher is None):
+        raise CheckpointError(f"{path}: was trained in mode {checkpoint['config']['mode']}")
+    load_weights(state.student, checkpoint["student"], f"{path} (student)")
+    if state.teacher:
+        load_weights(state.teacher, checkpoint["teacher"], f"{path} (teacher)")
+    state.optimizer.load_state_dict(checkpoint["optimizer"])
+    state.step = checkpoint["step"]
+
+
+# --- the method -----------------------------------------------------------------------------------
+
+
+def train(cfg: Config, out: Path, device: torch.device) -> dict[str, Any]:
+    """The training loop. Returns the last evaluation's tables (on rank 0)."""
+    train_set, val_set = make_train_set(cfg), make_val_set(cfg)
+    torch.manual_seed(cfg.seed)
+    state = make_state(cfg, len(train_set.class_names), device)
+    if cfg.resume:
+        restore(out / "last.pt", state, train_set)
+    student, teacher, optimizer = state.student, state.teacher, state.optimizer
+    model = speed_up(cfg, state, device)
+    full_lr = cfg.lr * (cfg.batch_size / cfg.lr_batch_size if cfg.optimizer == "sgd" else 1)
+    rank, world_size = distributed.rank(), distributed.world_size()
+    batches = make_train_loader(
+        train_set,
+        batch_size_per_rank=cfg.batch_size // world_size,
+        steps=cfg.steps,
+        start_step=state.step,
+        seed=cfg.seed,
+        rank=rank,
+        world_size=world_size,
+        workers=cfg.workers,
+        aspect_grouping=cfg.aspect_grouping,
+    )
+    autocast = torch.autocast(device.type, torch.bfloat16, cfg.amp and device.type == "cuda")
+    colors = torch.Generator()
+    log = RunLog(out / "metrics.jsonl", state.step, cfg.steps, cfg.log_every, cfg.batch_size)
+    tables: dict[str, Any] = {}
+
+    for step, batch in enumerate(batches, state.step):
+        batch = batch.to(device)
+        colors.manual_seed(cfg.seed * 1_000_003 + step)  # a resumed run draws what it would have
+        torch.manual_seed((cfg.seed * 1_000_003 + step) * world_size + rank)
+        lr = full_lr * lr_factor(cfg, step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        # The teacher follows the student and turns boxes into pseudo masks, on the plain images.
+        pseudo = None
+        if teacher is not None:
+            update_teacher(teacher, student, ema_momentum(step, cfg.ema_momentum))
+            with autocast:
+                pseudo = teacher.make_pseudo_masks(
+                    batch,
+                    cfg.teacher_size,
+                    cfg.teacher_max_size,
+                    cfg.mask_threshold,
+                    cfg.iou_threshold,
+                    cfg.score_threshold,
+                )
+        # The student sees the same images in other colours, and learns from boxes and pseudo masks.
+        images = augment(
+            batch.images, batch.sizes, cfg.student_augmentation, colors, skip=rank * len(batch.sizes)
+        )
+        with autocast:
+            losses, figures = model(images, batch, weak_factor(cfg, step), pseudo)
+        stop_if_not_finite(losses, batch, cfg, out, state, train_set)
+        sum(losses.values()).backward()
+        if cfg.clip_grad:
+            nn.utils.clip_grad_norm_(student.parameters(), cfg.clip_grad)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        state.step = step + 1
+        if log.wants(step):
+            if pseudo is not None:
+                figures = figures | pseudo_mask_figures(pseudo, batch)
+            log.step(step, lr, losses, figures)
+        is_last = state.step == cfg.steps
+        if is_last or state.step % cfg.checkpoint_every == 0:
+            save(cfg, out, state, train_set)
+        if is_last or (cfg.eval_every and state.step % cfg.eval_every == 0):
+            tables = evaluate(cfg, out, state, val_set, device, log)
+    log.close()
+    if distributed.is_main():
+        make_contact_sheet(state.judged, val_set, device).save(out / "contact_sheet.png")
+    return tables
+
+
+def speed_up(cfg: Config, state: State, device: torch.device) -> nn.Module:
+    """What makes a GPU fast stands here, outside the model. Returns the student to call, wrapped for its ranks."""
+    state.student.train()
+    if state.teacher:
+        state.teacher.train()
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    for network in filter(None, (state.student, state.teacher)):
+        network.to(memory_format=torch.channels_last)
+        if cfg.compile and device.type == "cuda":
+            for part in (network.backbone, network.head, network.mask_branch):
+                part.compile()
+    if distributed.world_size() == 1:
+        return state.student
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(state.student, device_ids=ids, broadcast_buffers=False)
+
+
+def stop_if_not_finite(
+    losses: dict[str, Tensor], batch: Batch, cfg: Config, out: Path, state: State, data: CocoDataset
+) -> None:
+    """All ranks stop together, before the bad step changes any weight, and rank 0 saves what there is."""
+    local = torch.stack(list(losses.values())).detach()
+    if distributed.reduce_mean(local).isfinite().all():
+        return
+    save(cfg, out, state, data)
+    bad = [name for name, value in zip(losses, local.tolist(), strict=True) if not math.isfinite(value)]
+    where = f"{', '.join(bad)} for image ids {batch.image_ids}" if bad else "on another rank"
+    raise DivergedError(
+        f"step {state.step}: loss not finite: {where}; the weights before this step are in "
+        f"{out / 'last.pt'}; try a lower --lr, a longer --warmup-steps or --clip-grad 10"
+    )
+
+
+# --- how it went ----------------------------------------------------------------------------------
+
+
+def evaluate(
+    cfg: Config, out: Path, state: State, val_set: CocoDataset, device: torch.device, log: RunLog
+) -> dict[str, Any]:
+    """AP of the judged model on the validation set; results.json and metrics.jsonl on rank 0."""
+    started = time.perf_counter()
+    results = predict_dataset(state.judged, val_set, device, cfg.workers)
+    tables: dict[str, Any] = {}
+    if results is not None:
+        write_results(out / "results.json", results)
+        name = cfg.val_json if cfg.dataset == "coco" else "shapes"
+        try:
+            tables = evaluate_coco(val_set.coco, results, cfg.max_detections, name=name)
+        except NoMasksError as error:
+            log.say(f"{error}. Boxes alone:")
+            tables = evaluate_coco(val_set.coco, results, cfg.max_detections, ["bbox"], name)
+        log.say(f"step {state.step}\n{format_table(tables)}")
+        log.evaluation(state.step, tables, time.perf_counter() - started)
+    distributed.barrier()
+    return tables
+
+
+def make_run_folder(cfg: Config) -> Path:
+    """The folder to write to. A finished or interrupted run in it is never overwritten: without --out the next free
+    name is taken; with --out, the user is asked to say --resume."""
+    out = Path(cfg.out or f"runs/{cfg.preset}")
+    if cfg.resume:
+        if not (out / "last.pt").is_file():
+            raise ConfigError(f"resume: {out} holds no last.pt to go on from; say --out FOLDER")
+        return out
+    if (out / "config.json").exists():
+        if cfg.out:
+            raise ConfigError(f"out: {out} already holds a run; go on with --resume or choose another --out")
+        number = next(n for n in range(2, 10_000) if not Path(f"{out}_{n}").exists())
+        out = Path(f"{out}_{number}")
+    return out
+
+
+def last_words(cfg: Config, out: Path, tables: dict[str, Any], minutes: float) -> str:
+    """Where everything is and what the numbers mean."""
+    table = tables.get("segm") or tables["bbox"]
+    kind = "mask" if "segm" in tables else "box"
+    learned = {"condinst": "boxes and masks", "boxinst": "boxes alone", "boxteacher": "boxes alone"}
+    who = "teacher" if cfg.mode == "boxteacher" and cfg.teacher else "model"
+    return (
+        f"\n{cfg.mode} learned from {learned[cfg.mode]} in {minutes:.1f} min: {kind} AP {table['AP']:.1f}, "
+        f"AP50 {table['AP50']:.1f} on held-out images.\n"
+        f"AP is the mean precision over recall, over {kind} IoU thresholds 0.50 to 0.95 (AP50: at 0.50), 0..100; "
+        "higher is better.\n"
+        f"  {out / 'contact_sheet.png'}  boxes, pseudo masks, predictions, truth\n"
+        f"  {out / 'last.pt'}            weights: python evaluate.py --checkpoint {out / 'last.pt'}\n"
+        f"  {out / 'results.json'}       the {who}'s predictions, COCO format\n"
+        f"  {out / 'metrics.jsonl'}      losses and figures over time;  {out / 'config.json'}  the configuration"
+    )
+
+
+def main() -> None:
+    started = time.perf_counter()
+    cfg = parse(sys.argv[1:])
+    device = distributed.init_distributed(cfg.device)
+    if cfg.batch_size % distributed.world_size():
+        raise ConfigError(
+            f"batch_size {cfg.batch_size} cannot be shared by {distributed.world_size()} processes evenly"
+        )
+    out = make_run_folder(cfg)
+    distributed.barrier()  # all ranks have chosen before rank 0 creates it
+    if distributed.is_main():
+        for line in warnings(cfg):
+            print(f"warning: {line}", file=sys.stderr)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(to_json(cfg))
+    tables = train(cfg, out, device)
+    if distributed.is_main():
+        print(last_words(cfg, out, tables, (time.perf_counter() - started) / 60))
+    distributed.shutdown()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ConfigError, DataError, WeightsError, CheckpointError, DivergedError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
