@@ -57,17 +57,18 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint file")
-    if not zipfile.is_zipfile(path):  # the table of contents stands at the end of the file
-        raise CheckpointError(f"{path}: not a PyTorch checkpoint, or cut short")
     try:
+        if not zipfile.is_zipfile(path):  # its table of contents stands at the end of the file
+            raise CheckpointError(f"{path}: not a PyTorch checkpoint, or cut short")
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError:
-        raise CheckpointError(
-            f"{path}: holds more than tensors and plain values, so it is not loaded"
-        ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).partition("\n")[0]
-        raise CheckpointError(f"{path}: cannot be read as a checkpoint: {reason}") from None
+        reason = "damaged, or holds more than tensors and plain values"
+        raise CheckpointError(f"{path}: not loaded: {reason}") from None
+    except Exception as error:  # a damaged file can fail in any way
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise CheckpointError(f"{path}: not loaded, damaged or foreign: {reason}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{path}: a PyTorch file, but not a checkpoint of this program")
     del state["format"]

@@ -367,14 +367,18 @@ def to_json(config: Config) -> str:
 def from_json(text: str, where: str = "configuration") -> Config:
     """What `to_json` wrote; missing fields take their defaults. Errors name `where`."""
     try:
-        values = json.loads(text)
+        return from_dict(json.loads(text), where)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{where}: not JSON: {error}") from None
+
+
+def from_dict(values: Any, where: str = "configuration") -> Config:
+    """The same from `dataclasses.asdict`. Types are checked; whether it can be meant is not."""
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: wants an object of fields, got a {type(values).__name__}")
     for field in values:
         if field not in FIELDS:
-            raise ConfigError(f"{where}: no field {field!r}{_nearest(field, FIELDS)}")
+            raise ConfigError(f"{where}: no field {field!r}{_nearest(str(field), FIELDS)}")
     try:
         return Config(**{field: _typed(field, value) for field, value in values.items()})
     except ConfigError as error:

@@ -177,7 +177,7 @@ def _check_files(coco: dict, name: str, images_dir: Path) -> None:
         path = images_dir / entry["file_name"]
         with _explain(str(path), "replace it"), Image.open(path) as image:
             is_plain = image.size == (entry["width"], entry["height"])
-            if is_plain and "exif" in image.info:
+            if is_plain and (image.format != "PNG" or "exif" in image.info):  # a PNG would load
                 is_plain = image.getexif().get(EXIF_ORIENTATION, 1) == 1
         if not is_plain:  # let the loader decide, which knows how to rotate
             _check_size(_load_image(images_dir, entry), entry, name)
@@ -283,7 +283,10 @@ class View:
                 segmentation = rle_codec.frPyObjects(segmentation, *self.original)
             rows = ((np.arange(top, top + h) + 0.5) / y_scale).astype(int)
             columns = ((np.arange(left, left + w) + 0.5) / x_scale).astype(int)
-            mask = rle_codec.decode(segmentation)[rows][:, columns]
+            mask = rle_codec.decode(segmentation)
+            if mask.sum() != rle_codec.area(segmentation):  # what no run reaches is uninitialised
+                raise ValueError("the runs do not fill the image")
+            mask = mask[rows][:, columns]
         return (mask[:, ::-1] if self.flip else mask).astype(bool)
 
     def _scale(self) -> tuple[float, float]:
@@ -376,7 +379,8 @@ class CocoDataset(Dataset):
     Crowd annotations are dropped; training leaves out images without a box; it warns how many.
     with_masks: true masks, where annotations have them. mask_centers (CondInst): all have them,
     and `centers` are their centroids. bottom_rows: see Batch.cut_rows, here of the original image.
-    Items are indexed by (index, key), the key making the draw, or by a plain index.
+    Items are indexed by (index, key), the key making the draw, or by a plain index. Testing wants
+    a geometry that leaves no choice: one size or scale, no crop, no flip.
     """
 
     def __init__(
@@ -568,7 +572,8 @@ class Loader:
         try:
             yield from self.loader
         except DataError as error:
-            raise DataError(str(error).rstrip().rsplit("DataError: ", 1)[-1]) from None
+            last_line = str(error).strip().splitlines()[-1]  # a worker's is a whole traceback
+            raise DataError(last_line.removeprefix(f"{__name__}.DataError: ")) from None
 
 
 def make_train_loader(
@@ -636,8 +641,8 @@ def augment(
     draws = torch.rand(skip + len(images), DRAWS_PER_IMAGE, generator=generator)[skip:].tolist()
     augmented = images.clone()
     for n, (h, w) in enumerate(sizes):
-        view = augmented[n, :, :h, :w]
-        view.copy_(_augment_image(view, STRENGTHS[strength], draws[n]))
+        image = augmented[n, :, :h, :w]
+        image.copy_(_augment_image(image, STRENGTHS[strength], draws[n]))
     return augmented
 
 

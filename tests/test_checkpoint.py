@@ -1,7 +1,9 @@
 """Checkpoints survive a kill at any moment, refuse what is not theirs, and load all or nothing."""
 
+import contextlib
 import os
 import pickle
+import random
 import subprocess
 import sys
 import zipfile
@@ -195,11 +197,25 @@ def test_foreign_files(tmp_path):
     assert "not a PyTorch checkpoint" in refusal(tmp_path / "text.pt")
     with zipfile.ZipFile(tmp_path / "zip.pt", "w") as archive:
         archive.writestr("a.txt", "hello")
-    assert "cannot be read" in refusal(tmp_path / "zip.pt")
+    assert "damaged or foreign" in refusal(tmp_path / "zip.pt")
     torch.save(small_model().state_dict(), tmp_path / "weights.pt")
     assert "not a checkpoint of this program" in refusal(tmp_path / "weights.pt")
     torch.save([1], tmp_path / "list.pt")
     assert "not a checkpoint of this program" in refusal(tmp_path / "list.pt")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_damaged_file_is_refused_or_still_a_dict(tmp_path):
+    save_checkpoint(tmp_path / "last.pt", {"step": 1, "w": torch.zeros(10), "c": {"s": (1, 2)}})
+    whole, path = (tmp_path / "last.pt").read_bytes(), tmp_path / "damaged.pt"
+    for seed in range(300):
+        place = random.Random(seed)
+        damaged = bytearray(whole)
+        for _ in range(4):
+            damaged[place.randrange(len(whole))] = place.randrange(256)
+        path.write_bytes(damaged)
+        with contextlib.suppress(CheckpointError):
+            assert isinstance(load_checkpoint(path), dict)
 
 
 class _Evil:

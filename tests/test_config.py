@@ -222,6 +222,7 @@ def test_help_and_list(capsys):
 def test_json_round_trip(name):
     cfg = parse([name])
     assert config.from_json(config.to_json(cfg)) == cfg
+    assert config.from_dict(dataclasses.asdict(cfg)) == cfg
 
 
 @given(st.floats(1e-9, 1e3), st.lists(st.floats(0.1, 9), max_size=4), st.text())

@@ -105,7 +105,7 @@ for folder in sys.argv[1:]:
 
 
 @pytest.fixture(scope="module")
-def imported_alone(tmp_path_factory) -> dict[str, str]:
+def imported_alone(tmp_path_factory) -> subprocess.CompletedProcess:
     """Imports each file of tiers 0 and 1 from a folder of its own, out of reach of the package."""
     folders = []
     for name in sorted(TIER_0 | TIER_1):

@@ -1,0 +1,180 @@
+"""mask_head.py against slow references: Python loops in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd import gradcheck
+
+from boxteacher.mask_head import (
+    MaskBranch,
+    aligned_upsample,
+    dynamic_mask_logits,
+    num_dynamic_params,
+)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def test_num_dynamic_params():
+    assert num_dynamic_params(16) == 233
+    assert num_dynamic_params(8) == 169
+
+
+# --- upsampling -----------------------------------------------------------------------------------
+
+
+def slow_aligned_upsample(x, factor):
+    """Pixel Y of the result reads the input at (Y - factor // 2) / factor, the border repeated."""
+    height, width = x.shape
+    out = torch.zeros(factor * height, factor * width, dtype=x.dtype)
+    for row in range(factor * height):
+        for column in range(factor * width):
+            v, u = max(row - factor // 2, 0) / factor, max(column - factor // 2, 0) / factor
+            y, x_ = int(v), int(u)
+            y2, x2 = min(y + 1, height - 1), min(x_ + 1, width - 1)
+            top = (1 - (u - x_)) * x[y, x_] + (u - x_) * x[y, x2]
+            bottom = (1 - (u - x_)) * x[y2, x_] + (u - x_) * x[y2, x2]
+            out[row, column] = (1 - (v - y)) * top + (v - y) * bottom
+    return out
+
+
+@pytest.mark.parametrize("factor", [1, 2, 4, 8])
+@pytest.mark.parametrize("size", [(3, 4), (1, 1), (1, 3)])
+def test_aligned_upsample(factor, size):
+    x = torch.randn(2, 2, *size, dtype=torch.float64)
+    up = aligned_upsample(x, factor)
+    for n in range(2):
+        for c in range(2):
+            torch.testing.assert_close(up[n, c], slow_aligned_upsample(x[n, c], factor))
+
+
+@pytest.mark.parametrize("factor", [2, 4, 8])
+def test_aligned_upsample_keeps_sample_points(factor):
+    """A ramp sampled at factor//2 + factor*i comes back between its first and last samples."""
+    rows, columns = torch.arange(6 * factor).double()[:, None], torch.arange(5 * factor).double()
+    ramp = 3 * rows - 2 * columns + 1
+    half = factor // 2
+    up = aligned_upsample(ramp[None, None, half::factor, half::factor], factor)[0, 0]
+    assert up.shape == ramp.shape
+    interior = slice(half, half + 5 * factor + 1), slice(half, half + 4 * factor + 1)
+    torch.testing.assert_close(up[interior], ramp[interior], atol=1e-9, rtol=0)
+
+
+# --- the mask branch ------------------------------------------------------------------------------
+
+
+def test_mask_branch():
+    branch = MaskBranch(8, 12, 16, num_convs=4).eval()
+    features = [torch.randn(2, 8, 16 >> i, 24 >> i) for i in range(3)]
+    with torch.no_grad():
+        x = 0
+        for i, (block, feature) in enumerate(zip(branch.refine, features, strict=True)):
+            y = F.conv2d(feature, block[0].weight, None, padding=1)
+            x = x + aligned_upsample((y / (1 + 1e-5) ** 0.5).relu(), 2**i)
+        for block in branch.tower:
+            x = (F.conv2d(x, block[0].weight, None, padding=1) / (1 + 1e-5) ** 0.5).relu()
+        x = F.conv2d(x, branch.out.weight, branch.out.bias)
+        out = branch(features)
+    assert out.shape == (2, 16, 16, 24)
+    torch.testing.assert_close(out, x)
+
+
+def test_mask_branch_structure():
+    branch = MaskBranch()
+    convs = [m for m in branch.modules() if isinstance(m, nn.Conv2d)]
+    shapes = [tuple(conv.weight.shape) for conv in convs]
+    assert shapes == [(128, 256, 3, 3)] * 3 + [(128, 128, 3, 3)] * 4 + [(16, 128, 1, 1)]
+    assert [conv.bias is None for conv in convs] == [True] * 7 + [False]
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in branch.modules()) == 7
+    for conv in convs:  # Kaiming uniform with a = 1: +- sqrt(3 / fan in), which has this deviation
+        fan_in = conv.weight[0].numel()
+        assert conv.weight.abs().max() <= (3 / fan_in) ** 0.5
+        assert conv.weight.std().item() == pytest.approx(fan_in**-0.5, rel=0.05)
+    with_group_norm = MaskBranch(8, 16, 4, 2, lambda channels: nn.GroupNorm(4, channels))
+    assert sum(isinstance(m, nn.GroupNorm) for m in with_group_norm.modules()) == 5
+
+
+# --- the dynamic head -----------------------------------------------------------------------------
+
+
+def slow_dynamic_logits(features, params, location, soi):
+    """One instance: three 1x1 convs with its own parameters, pixel by pixel. features [C, H, W]."""
+    channels, height, width = features.shape
+    inputs, numbers = 2 + channels, params.tolist()
+    take = iter(numbers)
+    weights = [
+        [[next(take) for _ in range(n_in)] for _ in range(n_out)]
+        for n_in, n_out in ((inputs, 8), (8, 8), (8, 1))
+    ]
+    biases = [[next(take) for _ in range(n)] for n in (8, 8, 1)]
+    assert next(take, None) is None
+    out = torch.zeros(height, width, dtype=torch.float64)
+    for i in range(height):
+        for j in range(width):
+            x = [(location[0] - (8 * j + 4)) / soi, (location[1] - (8 * i + 4)) / soi]
+            x += features[:, i, j].tolist()
+            for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+                x = [sum(w * v for w, v in zip(row, x, strict=True)) for row in weight]
+                x = [v + b for v, b in zip(x, bias, strict=True)]
+                if layer < 2:
+                    x = [max(v, 0.0) for v in x]
+            out[i, j] = x[0]
+    return out
+
+
+def head_inputs(num_images, num_instances, channels, height, width):
+    features = torch.randn(num_images, channels, height, width, dtype=torch.float64)
+    params = torch.randn(num_images, num_instances, num_dynamic_params(channels)).double()
+    locations = torch.rand(num_images, num_instances, 2).double() * 8 * max(height, width)
+    soi = 64.0 * 2 ** torch.randint(0, 5, (num_images, num_instances)).double()
+    return features, params, locations, soi
+
+
+@pytest.mark.parametrize("channels", [16, 8])
+def test_dynamic_mask_logits(channels):
+    features, params, locations, soi = head_inputs(2, 3, channels, 4, 5)
+    logits = dynamic_mask_logits(features, params, locations, soi)
+    assert logits.shape == (2, 3, 4, 5)
+    for n in range(2):
+        for k in range(3):
+            expected = slow_dynamic_logits(
+                features[n], params[n, k], locations[n, k].tolist(), soi[n, k].item()
+            )
+            torch.testing.assert_close(logits[n, k], expected, atol=1e-9, rtol=1e-9)
+
+
+def test_dynamic_mask_logits_gradient():
+    features, params, locations, soi = head_inputs(1, 2, 2, 2, 3)
+    assert gradcheck(
+        lambda f, p: dynamic_mask_logits(f, p, locations, soi),
+        (features.requires_grad_(), params.requires_grad_()),
+    )
+
+
+def test_dynamic_mask_logits_in_float32_and_autocast_on_a_large_image():
+    features, params, locations, soi = head_inputs(1, 4, 16, 100, 168)
+    exact = dynamic_mask_logits(features, params, locations, soi)
+    inputs = [x.float() for x in (features, params, locations, soi)]
+    single = dynamic_mask_logits(*inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = dynamic_mask_logits(*inputs)
+    assert single.dtype == under_autocast.dtype == torch.float32
+    assert torch.equal(single, under_autocast)
+    torch.testing.assert_close(single.double(), exact, atol=1e-3, rtol=1e-4)
+
+
+def test_dynamic_mask_logits_of_no_instances():
+    features, params, locations, soi = head_inputs(2, 0, 16, 4, 5)
+    logits = dynamic_mask_logits(features, params.requires_grad_(), locations, soi)
+    assert logits.shape == (2, 0, 4, 5)
+    logits.sum().backward()
+
+
+def test_aligned_upsample_of_no_instances():
+    assert aligned_upsample(torch.zeros(1, 0, 4, 5), 2).shape == (1, 0, 8, 10)
