@@ -1,13 +1,13 @@
-"""Train BoxTeacher, BoxInst or CondInst: `python train.py [PRESET] [--field value ...]`, or the same under torchrun.
+"""Train BoxTeacher, BoxInst or CondInst: `python train.py [PRESET] [--field value ...]`, or the
+same under torchrun.
 
-`train` below is the whole method. What stands above it are schedules and state; what stands below says how it went.
+`train` below is the whole method. What stands above it are schedules and state; what stands below
+says how it went.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import json
 import math
 import sys
 import time
@@ -20,19 +20,19 @@ from torch.nn.parallel import DistributedDataParallel
 
 from boxteacher import distributed
 from boxteacher.backbone import WeightsError
-from boxteacher.checkpoint import CheckpointError, load_checkpoint, load_weights, save_checkpoint
+from boxteacher.checkpoint import (
+    CheckpointError,
+    load_checkpoint,
+    load_initial_weights,
+    load_weights,
+    save_checkpoint,
+)
 from boxteacher.config import Config, ConfigError, parse, to_json, warnings
 from boxteacher.data import Batch, CocoDataset, DataError, augment, make_train_loader
 from boxteacher.datasets import make_train_set, make_val_set
 from boxteacher.ema import ema_momentum, update_teacher
-from boxteacher.evaluation import (
-    NoMasksError,
-    evaluate_coco,
-    format_table,
-    predict_dataset,
-    write_results,
-)
-from boxteacher.model import CondInst, build_model
+from boxteacher.evaluation import evaluate_dataset
+from boxteacher.model import CondInst, build_model, make_teacher
 from boxteacher.reporting import RunLog, make_contact_sheet, pseudo_mask_figures
 
 
@@ -53,7 +53,7 @@ def lr_factor(cfg: Config, step: int) -> float:
 
 
 def weak_factor(cfg: Config, step: int) -> float:
-    """The share at which losses without true masks count: min((step + 1) / weak_warmup_steps, 1)."""
+    """The share at which losses without true masks count: min((step + 1) / warm-up, 1)."""
     return min((step + 1) / max(cfg.weak_warmup_steps, 1), 1.0)
 
 
@@ -78,12 +78,11 @@ class State:
 def make_state(cfg: Config, num_classes: int, device: torch.device) -> State:
     student = build_model(cfg, num_classes).to(device)
     if cfg.init:
-        checkpoint = load_checkpoint(cfg.init)
-        load_weights(student, checkpoint["teacher"] or checkpoint["student"], cfg.init)
+        load_initial_weights(student, cfg.init)
     teacher = None
     if cfg.mode == "boxteacher" and cfg.teacher:
-        teacher = copy.deepcopy(student).requires_grad_(False)
-    parameters = [p for p in student.parameters() if p.requires_grad]
+        teacher = make_teacher(student)
+    parameters = parameter_groups(student, cfg.norm_decay)
     if cfg.optimizer == "adamw":
         optimizer = torch.optim.AdamW(parameters, weight_decay=cfg.weight_decay)
     else:
@@ -91,6 +90,20 @@ def make_state(cfg: Config, num_classes: int, device: torch.device) -> State:
             parameters, momentum=cfg.momentum, weight_decay=cfg.weight_decay
         )
     return State(student, teacher, optimizer)
+
+
+def parameter_groups(model: nn.Module, norm_decay: bool) -> list[dict[str, Any]]:
+    """All that trains; without `norm_decay` weight decay spares vectors (biases, norms, scales) and
+    Swin's position tables, as is usual with AdamW.
+    """
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if norm_decay:
+        return [{"params": [p for _, p in trained]}]
+    groups: list[dict[str, Any]] = [{"params": []}, {"params": [], "weight_decay": 0.0}]
+    for name, parameter in trained:
+        is_spared = parameter.ndim < 2 or name.endswith("relative_position_bias_table")
+        groups[is_spared]["params"].append(parameter)
+    return groups
 
 
 def save(cfg: Config, out: Path, state: State, train_set: CocoDataset) -> None:
@@ -172,10 +185,15 @@ def train(cfg: Config, out: Path, device: torch.device) -> dict[str, Any]:
                     cfg.mask_threshold,
                     cfg.iou_threshold,
                     cfg.score_threshold,
+                    cfg.published_score,
                 )
         # The student sees the same images in other colours, and learns from boxes and pseudo masks.
         images = augment(
-            batch.images, batch.sizes, cfg.student_augmentation, colors, skip=rank * len(batch.sizes)
+            batch.images,
+            batch.sizes,
+            cfg.student_augmentation,
+            colors,
+            skip=rank * len(batch.sizes),
         )
         with autocast:
             losses, figures = model(images, batch, weak_factor(cfg, step), pseudo)
@@ -203,7 +221,9 @@ def train(cfg: Config, out: Path, device: torch.device) -> dict[str, Any]:
 
 
 def speed_up(cfg: Config, state: State, device: torch.device) -> nn.Module:
-    """What makes a GPU fast stands here, outside the model. Returns the student to call, wrapped for its ranks."""
+    """What makes a GPU fast stands here, outside the model. Returns the student to call, wrapped
+    for its ranks.
+    """
     state.student.train()
     if state.teacher:
         state.teacher.train()
@@ -223,12 +243,16 @@ def speed_up(cfg: Config, state: State, device: torch.device) -> nn.Module:
 def stop_if_not_finite(
     losses: dict[str, Tensor], batch: Batch, cfg: Config, out: Path, state: State, data: CocoDataset
 ) -> None:
-    """All ranks stop together, before the bad step changes any weight, and rank 0 saves what there is."""
+    """All ranks stop together, before the bad step changes any weight, and rank 0 saves what there
+    is.
+    """
     local = torch.stack(list(losses.values())).detach()
     if distributed.reduce_mean(local).isfinite().all():
         return
     save(cfg, out, state, data)
-    bad = [name for name, value in zip(losses, local.tolist(), strict=True) if not math.isfinite(value)]
+    bad = [
+        name for name, value in zip(losses, local.tolist(), strict=True) if not math.isfinite(value)
+    ]
     where = f"{', '.join(bad)} for image ids {batch.image_ids}" if bad else "on another rank"
     raise DivergedError(
         f"step {state.step}: loss not finite: {where}; the weights before this step are in "
@@ -244,25 +268,20 @@ def evaluate(
 ) -> dict[str, Any]:
     """AP of the judged model on the validation set; results.json and metrics.jsonl on rank 0."""
     started = time.perf_counter()
-    results = predict_dataset(state.judged, val_set, device, cfg.workers)
-    tables: dict[str, Any] = {}
-    if results is not None:
-        write_results(out / "results.json", results)
-        name = cfg.val_json if cfg.dataset == "coco" else "shapes"
-        try:
-            tables = evaluate_coco(val_set.coco, results, cfg.max_detections, name=name)
-        except NoMasksError as error:
-            log.say(f"{error}. Boxes alone:")
-            tables = evaluate_coco(val_set.coco, results, cfg.max_detections, ["bbox"], name)
-        log.say(f"step {state.step}\n{format_table(tables)}")
+    tables, text = evaluate_dataset(
+        state.judged, val_set, device, cfg.workers, cfg.max_detections, out / "results.json"
+    )
+    if distributed.is_main():
+        log.say(f"step {state.step}\n{text}")
         log.evaluation(state.step, tables, time.perf_counter() - started)
     distributed.barrier()
     return tables
 
 
 def make_run_folder(cfg: Config) -> Path:
-    """The folder to write to. A finished or interrupted run in it is never overwritten: without --out the next free
-    name is taken; with --out, the user is asked to say --resume."""
+    """The folder to write to. A finished or interrupted run in it is never overwritten: without
+    --out the next free name is taken; with --out, the user is asked to say --resume.
+    """
     out = Path(cfg.out or f"runs/{cfg.preset}")
     if cfg.resume:
         if not (out / "last.pt").is_file():
@@ -270,7 +289,9 @@ def make_run_folder(cfg: Config) -> Path:
         return out
     if (out / "config.json").exists():
         if cfg.out:
-            raise ConfigError(f"out: {out} already holds a run; go on with --resume or choose another --out")
+            raise ConfigError(
+                f"out: {out} already holds a run; go on with --resume or choose another --out"
+            )
         number = next(n for n in range(2, 10_000) if not Path(f"{out}_{n}").exists())
         out = Path(f"{out}_{number}")
     return out

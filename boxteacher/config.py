@@ -23,6 +23,9 @@ class ConfigError(ValueError):
     """A configuration that cannot be meant; the message is one line for the user."""
 
 
+Backbone = Literal["resnet18", "resnet34", "resnet50", "resnet101", "swin_t", "swin_b"]
+
+
 @dataclass(frozen=True)
 class Config:
     preset: str = "custom"  # where these values started from
@@ -50,11 +53,15 @@ class Config:
     workers: int = 4  # data loading processes per rank
 
     # --- model --------------------------------------------------------------
-    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
+    backbone: Backbone = "resnet50"
     pretrained: bool = True  # torchvision's ImageNet weights
     backbone_weights: str = ""  # a local file instead of torchvision's download
     norm: Literal["frozen_bn", "bn", "gn"] = "frozen_bn"  # in the backbone
     freeze_at: int = 2  # 2: stem and first stage do not train; 0: everything trains
+    stride_in_1x1: bool = False  # ResNet with the original ("MSRA") weights: True
+    deformable: bool = False  # ResNet: DCNv2 in the last three stages
+    drop_path: float = 0.2  # Swin: stochastic depth of the last block (never in the teacher)
+    pixel_format: Literal["rgb", "bgr"] = "rgb"  # bgr: deviation 1, as original weights want it
     fpn_channels: int = 256
     tower_convs: int = 4
     mask_branch_channels: int = 128
@@ -69,6 +76,7 @@ class Config:
     lr: float = 0.01  # for `lr_batch_size` images; sgd scales it linearly with batch_size
     lr_batch_size: int = 16
     weight_decay: float = 1e-4
+    norm_decay: bool = True  # as published; False: none on biases, norms and Swin's position tables
     momentum: float = 0.9
     lr_schedule: Literal["step", "cosine"] = "step"
     lr_drops: tuple[int, ...] = (60_000, 80_000)  # x0.1 at each (lr_schedule=step)
@@ -91,6 +99,7 @@ class Config:
     mask_threshold: float = 0.5  # tau_m
     iou_threshold: float = 0.5  # tau_iou
     score_threshold: float = 0.0  # tau_c
+    published_score: bool = False  # pseudo masks as the published code makes them
     max_mask_locations: int = 64  # per image; condinst: 500 per rank, at random
     teacher: bool = True  # False: BoxTeacher without a teacher (ablation; it is BoxInst then)
     ema_momentum: float = 0.999
@@ -190,25 +199,37 @@ _PUBLISHED = {  # mask AP on COCO test-dev, and on val where it is known
     ("boxteacher", "r50", "1x"): "32.9 AP on test-dev, 32.2 on val (32.6 unaugmented)",
     ("boxteacher", "r50", "3x"): "35.0 AP on test-dev, 34.8 on val",
     ("boxteacher", "r101", "3x"): "36.5 AP on test-dev",
+    ("boxteacher", "r101_dcn", "3x"): "37.6 AP on test-dev",
+    ("boxteacher", "swin_b", "3x"): "40.6 AP on test-dev",
+}
+_BACKBONES: dict[str, dict[str, Any]] = {
+    "r50": dict(backbone="resnet50"),
+    "r101": dict(backbone="resnet101"),
+    "r101_dcn": dict(backbone="resnet101", deformable=True),
+    "swin_b": dict(backbone="swin_b", optimizer="adamw", lr=1e-4, weight_decay=0.05),
 }
 
 
-def _coco_preset(mode: str, depth: str, schedule: str) -> Preset:
+def _coco_preset(mode: str, backbone: str, schedule: str) -> Preset:
     """The published recipes on COCO: 90k ("1x") or 270k ("3x") steps of 16 images."""
-    changes = {"mode": mode, "backbone": depth.replace("r", "resnet"), **MODES[mode]}
+    changes = {"mode": mode, **_BACKBONES[backbone], **MODES[mode]}
     if schedule == "3x":
         changes |= dict(steps=270_000, lr_drops=(210_000, 250_000))
         if mode == "boxteacher":
             changes["student_augmentation"] = "strong_blur"
-    published = _PUBLISHED.get((mode, depth, schedule), "no number in our sources")
+    published = _PUBLISHED.get((mode, backbone, schedule), "no number in our sources")
     return Preset(changes, f"published {published}; here: not run")
 
 
 PRESETS |= {
-    f"coco_{mode}_{depth}_{schedule}": _coco_preset(mode, depth, schedule)
+    f"coco_{mode}_{backbone}_{schedule}": _coco_preset(mode, backbone, schedule)
     for mode in MODES
-    for depth in ("r50", "r101")
+    for backbone in ("r50", "r101")
     for schedule in ("1x", "3x")
+}
+PRESETS |= {
+    f"coco_boxteacher_{backbone}_3x": _coco_preset("boxteacher", backbone, "3x")
+    for backbone in ("r101_dcn", "swin_b")
 }
 
 
@@ -247,7 +268,7 @@ _AT_LEAST_1 = """steps batch_size lr_batch_size checkpoint_every log_every shape
     shapes_size train_max_size test_size test_max_size teacher_max_size fpn_channels max_detections
     mask_branch_channels mask_channels max_mask_locations pre_nms_top""".split()
 _AT_MOST_1 = """momentum ema_momentum color_threshold affinity_threshold mask_threshold
-    iou_threshold score_threshold pre_nms_threshold nms_threshold""".split()
+    iou_threshold score_threshold pre_nms_threshold nms_threshold drop_path""".split()
 
 
 def validate(config: Config) -> None:
@@ -278,7 +299,7 @@ def validate(config: Config) -> None:
     refuse(list(c.lr_drops) != sorted(c.lr_drops), "lr_drops must be in ascending order")
     from_scratch = not (c.pretrained or c.backbone_weights or c.init)
     refuse(
-        from_scratch and c.norm == "frozen_bn",
+        from_scratch and c.norm == "frozen_bn" and c.backbone.startswith("resnet"),
         "norm=frozen_bn without pretrained weights would freeze statistics that were never"
         " measured: use --norm bn or --norm gn",
     )
@@ -292,6 +313,10 @@ def validate(config: Config) -> None:
         "norm=gn does not fit torchvision's weights, which are for batch norm:"
         " use --norm bn, or from scratch --no-pretrained --freeze-at 0",
     )
+    for field in ("stride_in_1x1", "deformable"):
+        message = f"{field} is for bottlenecks: it wants resnet50 or resnet101, not {c.backbone}"
+        refuse(getattr(c, field) and c.backbone not in ("resnet50", "resnet101"), message)
+    refuse(c.freeze_at > 2, f"freeze_at must be 0, 1 or 2, got {c.freeze_at}")
     refuse(c.resume and bool(c.init), "init starts a run, resume goes on with one: give only one")
 
 
@@ -307,6 +332,11 @@ def warnings(config: Config) -> list[str]:
         lines.append(f"warmup_steps={c.warmup_steps} is over half of steps={c.steps}")
     if c.lr_schedule == "step" and max(c.lr_drops, default=0) >= c.steps:
         lines.append(f"lr_drops={c.lr_drops} reaches beyond steps={c.steps}: lr stays high")
+    if c.backbone_weights.endswith(".pkl") and c.pixel_format == "rgb":
+        lines.append(
+            f"backbone_weights={c.backbone_weights}: detectron2's files mostly want"
+            " --pixel-format bgr, and MSRA's (but for DCN) --stride-in-1x1 too"
+        )
     return lines
 
 

@@ -1,4 +1,4 @@
-"""The teacher: an exponential moving average of the student (BoxTeacher, arXiv 2210.05174, section 3.2)."""
+"""The teacher: an exponential moving average of the student (BoxTeacher, arXiv 2210.05174)."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ from torch import nn
 
 
 def ema_momentum(step: int, maximum: float = 0.999) -> float:
-    """mu(t) = min(maximum, 1 - 1/(t+1)): a copy at step 0, then a running mean, at last a moving average."""
+    """mu(t) = min(maximum, 1 - 1/(t+1)): a copy at step 0, then a running mean, at last a moving
+    average.
+    """
     return min(maximum, 1 - 1 / (step + 1))
 
 
 @torch.no_grad()
 def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """teacher = momentum * teacher + (1 - momentum) * student, over parameters, before the student's step.
+    """teacher = momentum * teacher + (1 - momentum) * student, over parameters, before the
+    student's step.
 
-    Buffers are not averaged: the teacher runs in train mode and keeps batch norm statistics of its own.
+    Buffers are not averaged: the teacher runs in train mode and keeps batch norm statistics of its
+    own.
     """
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)

@@ -306,14 +306,16 @@ def _cell(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
-# --- a model on a data set --------------------------------------------------------------------------
+# --- a model on a data set ------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def predict_dataset(
     model: Any, dataset: CocoDataset, device: torch.device, workers: int = 0
 ) -> list[dict[str, Any]] | None:
-    """`model.predict` (see CondInst) on every image, shared among ranks. COCO results on rank 0, None elsewhere."""
+    """`model.predict` (see CondInst) on every image, shared among ranks. COCO results on rank 0,
+    None elsewhere.
+    """
     was_training = model.training
     model.eval()
     loader = make_test_loader(dataset, distributed.rank(), distributed.world_size(), workers)
@@ -334,6 +336,30 @@ def predict_dataset(
     results = to_coco_results(predictions, dataset.category_ids)
     gathered = distributed.gather_objects(results)
     return None if gathered is None else [result for part in gathered for result in part]
+
+
+def evaluate_dataset(
+    model: Any,
+    dataset: CocoDataset,
+    device: torch.device,
+    workers: int,
+    max_dets: int,
+    results_path: Path,
+) -> tuple[dict[str, dict[str, Any]], str]:
+    """Predict, write the results as COCO JSON, and measure: `evaluate_coco`'s tables and a text, on
+    rank 0; nothing elsewhere. Where the ground truth has no masks, boxes alone count.
+    """
+    results = predict_dataset(model, dataset, device, workers)
+    if results is None:
+        return {}, ""
+    write_results(results_path, results)
+    remark = ""
+    try:
+        tables = evaluate_coco(dataset.coco, results, max_dets, name=dataset.name)
+    except NoMasksError as error:
+        remark = f"{error}. Boxes alone:\n"
+        tables = evaluate_coco(dataset.coco, results, max_dets, ["bbox"], dataset.name)
+    return tables, remark + format_table(tables)
 
 
 def not_shown() -> bool | None:

@@ -1,8 +1,9 @@
-"""FCOS: a fully convolutional one-stage detector (arXiv 1904.01355), with CondInst's controller on its box tower.
+"""FCOS: a fully convolutional one-stage detector (arXiv 1904.01355), with CondInst's controller on
+its box tower.
 
-N images · G boxes · K sampled mask locations · C classes · P locations over all levels · D detections
-Every location of strides 8, 16, 32, 64, 128 predicts C class logits, a box as distances (left, top, right, bottom) in
-units of its stride, and a centerness. Boxes are xyxy in pixels.
+N images · G boxes · K sampled mask locations · C classes · P locations over all levels · D
+detections Every location of strides 8, 16, 32, 64, 128 predicts C class logits, a box as distances
+(left, top, right, bottom) in units of its stride, and a centerness. Boxes are xyxy in pixels.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ class Locations(NamedTuple):
 
 
 class Predictions(NamedTuple):
-    """What the head says of every location; `box_features` are the box tower's maps, which the controller reads."""
+    """What the head says of every location; `box_features` are the box tower's maps, which the
+    controller reads.
+    """
 
     class_logits: Tensor  # [N, P, C]
     distances: Tensor  # [N, P, 4] >= 0, stride units
@@ -56,8 +59,10 @@ class Detections(NamedTuple):
 
 
 class FCOSHead(nn.Module):
-    """Two towers of [conv, GroupNorm, ReLU] shared over levels; class logits from one, box distances, centerness
-    and the controller (the parameters of CondInst's dynamic mask head) from the other."""
+    """Two towers of [conv, GroupNorm, ReLU] shared over levels; class logits from one, box
+    distances, centerness and the controller (the parameters of CondInst's dynamic mask head) from
+    the other.
+    """
 
     def __init__(
         self, num_classes: int, channels: int = 256, num_convs: int = 4, num_dynamic: int = 233
@@ -98,10 +103,12 @@ class FCOSHead(nn.Module):
         return Predictions(class_logits, distances, centerness.squeeze(-1), box_features)
 
     def dynamic_params(self, box_features: Sequence[Tensor], index: Tensor) -> Tensor:
-        """The controller's conv evaluated at chosen locations only: their 3x3 patches are gathered and multiplied
-        with the kernel. The same numbers as the dense conv; it is asked for K of P locations.
+        """The controller's conv evaluated at chosen locations only: their 3x3 patches are gathered
+        and multiplied with the kernel. The same numbers as the dense conv; it is asked for K of P
+        locations.
 
-        box_features per level [N, channels, h, w]; index [N, K] into P. Returns [N, K, num_dynamic].
+        box_features per level [N, channels, h, w]; index [N, K] into P. Returns [N, K,
+        num_dynamic].
         """
         corners, widths, start = [], [], 0  # of each location's patch in the padded, flattened maps
         for feature in box_features:
@@ -152,7 +159,7 @@ def make_locations(features: Sequence[Tensor]) -> Locations:
     return Locations(torch.cat(xy), torch.cat(strides), torch.cat(ranges), sizes)
 
 
-# --- training: targets and mask locations ---------------------------------------------------------------------------
+# --- training: targets and mask locations ---------------------------------------------------------
 
 
 def assign_targets(
@@ -160,11 +167,12 @@ def assign_targets(
 ) -> Targets:
     """Which box each location answers for (FCOS, section 3.1 and 3.2, with centre sampling).
 
-    A location is a candidate for a box if it lies strictly inside centre ± 1.5 strides, cut to the box, and if
-    max(l, t, r, b) is in its level's range, both ends included. Of several boxes the smallest wins, the first of
-    equals. boxes [N, G, 4]; labels, valid [N, G]; centers [N, G, 2].
+    A location is a candidate for a box if it lies strictly inside centre ± 1.5 strides, cut to the
+    box, and if max(l, t, r, b) is in its level's range, both ends included. Of several boxes the
+    smallest wins, the first of equals. boxes [N, G, 4]; labels, valid [N, G]; centers [N, G, 2].
 
-    Differs from the published code with box supervision: the centre is the box's, not that of its raster.
+    Differs from the published code with box supervision: the centre is the box's, not that of its
+    raster.
     """
     x, y = locations.xy[:, :1], locations.xy[:, 1:]  # [P, 1]
     x1, y1, x2, y2 = boxes[:, None].unbind(-1)  # [N, 1, G]
@@ -195,11 +203,12 @@ def assign_targets(
 def sample_best_locations(
     targets: Targets, quality: Tensor, num_boxes: int, limit: int = 64
 ) -> tuple[Tensor, Tensor]:
-    """Positive locations that get a mask loss (BoxInst): with u boxes that have a positive, each keeps its
-    max(limit // u, 1) positives of highest quality.
+    """Positive locations that get a mask loss (BoxInst): with u boxes that have a positive, each
+    keeps its max(limit // u, 1) positives of highest quality.
 
-    quality [N, P]: max class probability * centerness. Returns index [N, K] into P and is_real [N, K], the real
-    ones first, K = min(max(limit, num_boxes), P) whatever the data, so that no step waits for the device.
+    quality [N, P]: max class probability * centerness. Returns index [N, K] into P and is_real [N,
+    K], the real ones first, K = min(max(limit, num_boxes), P) whatever the data, so that no step
+    waits for the device.
     """
     num_images, num_locations = quality.shape
     group = torch.where(targets.is_positive, targets.box_index, num_boxes)  # last group: nobody's
@@ -234,7 +243,7 @@ def sample_random_locations(is_positive: Tensor, limit: int = 500) -> tuple[Tens
     return index[:, :slots], is_real[:, :slots].bool()
 
 
-# --- inference ------------------------------------------------------------------------------------------------------
+# --- inference ------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -246,9 +255,10 @@ def detect(
     nms_threshold: float = 0.6,
     max_detections: int = 100,
 ) -> list[Detections]:
-    """Decode (FCOS, section 3): p = class probability * centerness over the threshold, the `pre_nms_top` best
-    (location, class) pairs of each level, class-wise NMS over all levels, the `max_detections` best (those tied with
-    the last stay)."""
+    """Decode (FCOS, section 3): p = class probability * centerness over the threshold, the
+    `pre_nms_top` best (location, class) pairs of each level, class-wise NMS over all levels, the
+    `max_detections` best (those tied with the last stay).
+    """
     probs = predictions.class_logits.sigmoid() * predictions.centerness_logits.sigmoid()[..., None]
     num_classes = probs.shape[-1]
     pairs, start = (

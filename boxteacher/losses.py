@@ -1,9 +1,11 @@
-"""Losses of FCOS, CondInst, BoxInst and BoxTeacher, unreduced: the caller sums and shows the normaliser.
+"""Losses of FCOS, CondInst, BoxInst and BoxTeacher, unreduced: the caller sums and shows the
+normaliser.
 
-N images · G boxes · K sampled instances · C classes · P locations · H, W the stride-4 grid · 8 neighbours at dilation 2
+N images · G boxes · K sampled instances · C classes · P locations · H, W the stride-4 grid · 8
+neighbours at dilation 2
 
-Sources: focal loss arXiv 1708.02002, GIoU 1902.09630, FCOS 1904.01355, dice 1606.04797, BoxInst 2012.02310,
-BoxTeacher 2210.05174.
+Sources: focal loss arXiv 1708.02002, GIoU 1902.09630, FCOS 1904.01355, dice 1606.04797, BoxInst
+2012.02310, BoxTeacher 2210.05174.
 """
 
 from __future__ import annotations
@@ -14,19 +16,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# (dy, dx) of the neighbours in reading order; number k and number 7 - k are opposite. A pair of pixels is visited
-# once, from its upper (or left) pixel, along the last four.
+# (dy, dx) of the neighbours in reading order; number k and number 7 - k are opposite. A pair of
+# pixels is visited once, from its upper (or left) pixel, along the last four.
 NEIGHBORS = ((-2, -2), (-2, 0), (-2, 2), (0, -2), (0, 2), (2, -2), (2, 0), (2, 2))
 FORWARD = (4, 5, 6, 7)
 
 
-# --- detection ------------------------------------------------------------------------------------------------------
+# --- detection ------------------------------------------------------------------------------------
 
 
 def focal_loss(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
     """Sigmoid focal loss: easy examples fade out (arXiv 1708.02002, eq. 5).
 
-        z = -logit for the labelled class, logit for the others;   L = alpha_t * sigmoid(z)^gamma * softplus(z)
+        z = -logit for the labelled class, logit for the others
+        L = alpha_t * sigmoid(z)^gamma * softplus(z)
 
     logits [..., C]; labels [...] in 0..C-1, or -1 for background. Returns [..., C].
     """
@@ -41,7 +44,8 @@ def giou_loss(predicted: Tensor, target: Tensor) -> Tensor:
 
         iou = (inter + 1) / (union + 1);   giou = iou - (hull - union) / hull
 
-    predicted, target [..., 4]: distances (left, top, right, bottom) >= 0 in stride units. Returns [...].
+    predicted, target [..., 4]: distances (left, top, right, bottom) >= 0 in stride units. Returns
+    [...].
     """
 
     def area(distances: Tensor) -> Tensor:
@@ -55,7 +59,8 @@ def giou_loss(predicted: Tensor, target: Tensor) -> Tensor:
 
 
 def centerness_targets(distances: Tensor) -> Tensor:
-    """How central a location is in its box (FCOS, eq. 3): sqrt(min(l,r)/max(l,r) * min(t,b)/max(t,b)).
+    """How central a location is in its box (FCOS, eq. 3): sqrt(min(l,r)/max(l,r) *
+    min(t,b)/max(t,b)).
 
     distances [..., 4] > 0. Returns [...] in (0, 1].
     """
@@ -65,17 +70,20 @@ def centerness_targets(distances: Tensor) -> Tensor:
     return (horizontal * vertical).sqrt()
 
 
-# --- masks against masks and boxes ----------------------------------------------------------------------------------
+# --- masks against masks and boxes ----------------------------------------------------------------
 
 
 def dice_loss(probs: Tensor, targets: Tensor, dims: int | tuple[int, ...] = (-2, -1)) -> Tensor:
-    """1 - 2 Σ x y / (Σ x² + Σ y² + 1e-5) over `dims` (V-Net, arXiv 1606.04797). Same shapes in; `dims` are gone."""
+    """1 - 2 Σ x y / (Σ x² + Σ y² + 1e-5) over `dims` (V-Net, arXiv 1606.04797). Same shapes in;
+    `dims` are gone.
+    """
     overlap = (probs * targets).sum(dims)
     return 1 - 2 * overlap / (probs.square().sum(dims) + targets.square().sum(dims) + 1e-5)
 
 
 def projection_loss(probs: Tensor, box_masks: Tensor) -> Tensor:
-    """A mask casts the same shadow on both axes as its box (BoxInst, arXiv 2012.02310, section 3.1).
+    """A mask casts the same shadow on both axes as its box (BoxInst, arXiv 2012.02310, section
+    3.1).
 
         L = dice(max_y m, max_y b) + dice(max_x m, max_x b)
 
@@ -85,8 +93,8 @@ def projection_loss(probs: Tensor, box_masks: Tensor) -> Tensor:
 
 
 def box_masks(boxes: Tensor, height: int, width: int, stride: int = 4) -> Tensor:
-    """Boxes as masks: pixel rows int(y1)..int(y2) and columns int(x1)..int(x2), ends included, sampled at
-    stride//2, stride//2 + stride, ... (stride 1: every pixel).
+    """Boxes as masks: pixel rows int(y1)..int(y2) and columns int(x1)..int(x2), ends included,
+    sampled at stride//2, stride//2 + stride, ... (stride 1: every pixel).
 
     boxes [..., 4] xyxy in pixels. Returns bool [..., height, width], a grid of that stride.
     """
@@ -98,11 +106,13 @@ def box_masks(boxes: Tensor, height: int, width: int, stride: int = 4) -> Tensor
     return in_rows[..., :, None] & in_columns[..., None, :]
 
 
-# --- pairs of pixels ------------------------------------------------------------------------------------------------
+# --- pairs of pixels ------------------------------------------------------------------------------
 
 
 def _pairs(x: Tensor, direction: int) -> tuple[Tensor, Tensor]:
-    """x at pixels i and at their neighbours j in a forward direction, over all pairs inside the map."""
+    """x at pixels i and at their neighbours j in a forward direction, over all pairs inside the
+    map.
+    """
     dy, dx = NEIGHBORS[direction]
     height, width = x.shape[-2:]
     left, right = max(-dx, 0), max(dx, 0)
@@ -112,12 +122,14 @@ def _pairs(x: Tensor, direction: int) -> tuple[Tensor, Tensor]:
 def _pairwise_sums(
     mask_logits: Tensor, pair_weights: Callable[[int], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Σ w_ij * -log P(i and j have the same label) and Σ w_ij per mask (BoxInst, eq. 4 and 5).
+    """Σ w_ij * -log P(i and j have the same label) and Σ w_ij per mask (BoxInst, section 3.2).
 
-        -log(p_i p_j + (1-p_i)(1-p_j)) = softplus(a_i) + softplus(a_j) - softplus(a_i + a_j),   p = sigmoid(a)
+        -log(p_i p_j + (1-p_i)(1-p_j)) = softplus(a_i) + softplus(a_j) - softplus(a_i + a_j)
 
-    so no log of a small number is taken. A pair is seen from both its ends: its weight is the sum of the two.
-    mask_logits [..., H, W]; pair_weights(direction) broadcasts to the pairs. Returns two tensors [...].
+    with p = sigmoid(a), so no log of a small number is taken. A pair is seen from both its ends:
+    its weight is the sum of the two.
+
+    mask_logits [..., H, W]; pair_weights(direction) broadcasts to the pairs. Returns two [...].
     """
     softplus = F.softplus(mask_logits)
     loss, weight = 0.0, 0.0
@@ -135,8 +147,9 @@ def color_pairwise_sums(
 ) -> tuple[Tensor, Tensor]:
     """Pixels of similar colour belong together (BoxInst, section 3.2): w_ij = edge_ij * b_i.
 
-    mask_logits [N, K, H, W]; color_edges bool [N, 8, H, W] (similarity >= tau); inside_box bool [N, K, H, W].
-    Returns Σ w * term and Σ w, each [N, K]; the loss is the sum of the first over max(sum of the second, 1).
+    mask_logits [N, K, H, W]; color_edges bool [N, 8, H, W] (similarity >= tau); inside_box bool [N,
+    K, H, W]. Returns Σ w * term and Σ w, each [N, K]; the loss is the sum of the first over max(sum
+    of the second, 1).
     """
 
     def pair_weights(direction: int) -> Tensor:
@@ -155,13 +168,15 @@ def affinity_loss(
     inside_image: Tensor,
     threshold: float = 0.5,
 ) -> Tensor:
-    """Noise-reduced affinity (BoxTeacher, section 3.3, eq. 6 to 8): neighbours that a smoothed pseudo mask t~
-    calls alike should be alike.
+    """Noise-reduced affinity (BoxTeacher): neighbours that a smoothed pseudo mask t~ calls alike
+    should be alike.
 
-        t~ = (t + mean3x3(t)) / 2;  g_ij = t~_i t~_j + (1-t~_i)(1-t~_j);  v_ij = 1[g_ij >= threshold] b_i
+        t~ = (t + mean3x3(t)) / 2;  g_ij = t~_i t~_j + (1-t~_i)(1-t~_j)
+        v_ij = 1[g_ij >= threshold] b_i
         L = Σ v_ij * -log(p_i p_j + (1-p_i)(1-p_j)) / max(Σ v_ij, 1),  over j inside the image
 
-    mask_logits, pseudo_masks {0, 1}, inside_box bool [N, K, H, W]; inside_image bool [N, H, W]. Returns [N, K].
+    mask_logits, pseudo_masks {0, 1}, inside_box bool [N, K, H, W]; inside_image bool [N, H, W].
+    Returns [N, K].
     """
     mean = F.avg_pool2d(pseudo_masks, 3, stride=1, padding=1)  # zero padding, always divided by 9
     smooth = (pseudo_masks + mean) / 2
@@ -178,11 +193,13 @@ def affinity_loss(
     return loss / weight.clamp(min=1)
 
 
-# --- colours --------------------------------------------------------------------------------------------------------
+# --- colours --------------------------------------------------------------------------------------
 
 
 def rgb_to_lab(rgb: Tensor) -> Tensor:
-    """sRGB (0..255) to CIE L*a*b*, D65 white, 2 degree observer. rgb [N, 3, H, W] float. Returns [N, 3, H, W]."""
+    """sRGB (0..255) to CIE L*a*b*, D65 white, 2 degree observer. rgb [N, 3, H, W] float. Returns
+    [N, 3, H, W].
+    """
     rgb = rgb / 255
     linear = torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
     to_xyz = linear.new_tensor(
@@ -202,8 +219,9 @@ def rgb_to_lab(rgb: Tensor) -> Tensor:
 def inside_masks(
     sizes: Sequence[tuple[int, int]], rows: int, columns: int, device: torch.device | None = None
 ) -> Tensor:
-    """Which points (4j + 2, 4i + 2) of the stride-4 grid lie on the image proper, not in its padding.
-    sizes: (height, width) of each image in pixels. Returns bool [N, rows, columns]."""
+    """Which points (4j + 2, 4i + 2) of the stride-4 grid lie on the image proper, not in its
+    padding. sizes: (height, width) of each image in pixels. Returns bool [N, rows, columns].
+    """
     inside = torch.zeros(len(sizes), rows, columns, dtype=torch.bool, device=device)
     for mask, (height, width) in zip(inside, sizes, strict=True):
         mask[: (max(height, 0) + 1) // 4, : (max(width, 0) + 1) // 4] = True
@@ -211,8 +229,9 @@ def inside_masks(
 
 
 def color_similarity(images: Tensor, inside_image: Tensor) -> Tensor:
-    """How alike a pixel and its 8 neighbours are in colour (BoxInst, eq. 6): exp(-‖Lab_i - Lab_j‖ / 2), and 0 for
-    a neighbour outside the image.
+    """How alike a pixel and its 8 neighbours are in colour (BoxInst, section 3.2).
+
+        S_ij = exp(-‖Lab_i - Lab_j‖ / 2), and 0 for a neighbour j outside the image
 
     images [N, 3, 4H, 4W] RGB 0..255, before any colour augmentation; inside_image bool [N, H, W].
     Returns [N, 8, H, W], computed once an image, whatever the number of its boxes.

@@ -1,4 +1,5 @@
-"""CondInst's masks (arXiv 2003.05664): shared features, and a tiny network of its own for every instance.
+"""CondInst's masks (arXiv 2003.05664): shared features, and a tiny network of its own for every
+instance.
 
 N images · K instances · H, W the stride-8 grid of P3
 """
@@ -20,8 +21,9 @@ def num_dynamic_params(mask_channels: int) -> int:
 
 
 def aligned_upsample(x: Tensor, factor: int) -> Tensor:
-    """Bilinear upsampling that keeps the sample points of strided grids aligned: x[..., i] stands at pixel
-    factor//2 + i*factor of the result, as location (i, j) of a stride-s level stands at s//2 + s*i.
+    """Bilinear upsampling that keeps the sample points of strided grids aligned: x[..., i] stands
+    at pixel factor//2 + i*factor of the result, as location (i, j) of a stride-s level stands at
+    s//2 + s*i.
 
     x [N, C, H, W]. Returns [N, C, factor*H, factor*W].
     """
@@ -37,10 +39,10 @@ def aligned_upsample(x: Tensor, factor: int) -> Tensor:
 
 
 class MaskBranch(nn.Module):
-    """Mask features for all instances of an image, at stride 8 (CondInst, section 3.2).
+    """Mask features for all instances of an image, at stride 8 (CondInst).
 
-    P3, P4, P5 each through conv-norm-relu, upsampled to stride 8 and summed; `num_convs` more such blocks; a 1x1
-    conv to `out_channels`. `norm(channels)` makes a normalisation layer.
+    P3, P4, P5 each through conv-norm-relu, upsampled to stride 8 and summed; `num_convs` more such
+    blocks; a 1x1 conv to `out_channels`. `norm(channels)` makes a normalisation layer.
     """
 
     def __init__(
@@ -66,7 +68,7 @@ class MaskBranch(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """features P3, P4, P5 [N, in_channels, H / 2^i, W / 2^i]. Returns [N, out_channels, H, W]."""
+        """P3, P4, P5, each [N, in_channels, H / 2^i, W / 2^i]. Returns [N, out_channels, H, W]."""
         x = self.refine[0](features[0])
         for i in (1, 2):
             x = x + aligned_upsample(self.refine[i](features[i]), 2**i)
@@ -76,15 +78,20 @@ class MaskBranch(nn.Module):
 def dynamic_mask_logits(
     mask_features: Tensor, params: Tensor, locations: Tensor, sizes_of_interest: Tensor
 ) -> Tensor:
-    """Run every instance's own three 1x1 convs over [relative coordinates; mask features] (CondInst, section 3.1).
+    """Every instance's own three 1x1 convs over [relative coordinates; features] (CondInst).
 
-    The relative coordinate (location - pixel) / soi is affine in the pixel's position, so the first layer is
-        W [coordinates; features] + b = [W_f, -W_x/soi, -W_y/soi, b + W_xy·location/soi] · [features; x; y; 1]:
-    one matrix product per image for all its instances; the other two layers are small batched products.
+    The relative coordinate (location - pixel) / soi is affine in the pixel's position (x, y):
 
-    mask_features [N, C, H, W], pixels (8j + 4, 8i + 4); params [N, K, 8(C+2) + 64 + 8 + 17]: the three weights,
-    then the three biases; locations [N, K, 2] (x, y) in pixels; sizes_of_interest [N, K] in pixels.
-    Returns logits [N, K, H, W]. Runs in float32 under autocast: bfloat16 cannot count pixels beyond 256.
+        W [coordinates; features] + b
+            = [W_features, -W_x/soi, -W_y/soi, b + W_xy · location/soi] [features; x; y; 1]
+
+    so the first layer is one matrix product per image for all its instances; the other two are
+    small batched products.
+
+    mask_features [N, C, H, W], pixels (8j + 4, 8i + 4); params [N, K, 8(C+2) + 64 + 8 + 17]: the
+    three weights, then the three biases; locations [N, K, 2] (x, y) in pixels; sizes_of_interest
+    [N, K] in pixels. Returns logits [N, K, H, W]. Runs in float32 under autocast: bfloat16 cannot
+    count pixels beyond 256.
     """
     num_images, channels, height, width = mask_features.shape
     num_instances, device = params.shape[1], params.device

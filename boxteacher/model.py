@@ -1,11 +1,14 @@
-"""CondInst with the losses of CondInst, BoxInst and BoxTeacher, and the teacher's pseudo-label step.
+"""CondInst with the losses of CondInst, BoxInst and BoxTeacher, and the teacher's pseudo-label
+step.
 
-N images · G boxes · K sampled instances · C classes · P locations · D detections · h, w image pixels
-Masks are learned on the stride-4 grid [H, W] of the padded image; names say which: `_s8`, `_s4`.
+N images · G boxes · K sampled instances · C classes · P locations · D detections · h, w image
+pixels Masks are learned on the stride-4 grid [H, W] of the padded image; names say which: `_s8`,
+`_s4`.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,15 +18,26 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou, clip_boxes_to_image
 
 from . import fcos, losses
-from .backbone import NORMS, Backbone, ResNet, pretrained_state_dict
+from .backbone import (
+    NORMS,
+    SWINS,
+    Backbone,
+    ResNet,
+    Swin,
+    pretrained_state_dict,
+    without_drop_path,
+)
 from .config import Config
 from .data import Batch, resized_size
 from .distributed import reduce_mean
 from .mask_head import MaskBranch, aligned_upsample, dynamic_mask_logits, num_dynamic_params
-from .pseudo_labels import assign_to_boxes, mask_aware_scores
+from .official import read_backbone
+from .pseudo_labels import assign_to_boxes, mask_aware_scores, published_scores
 
-IMAGENET_MEAN = (123.675, 116.28, 103.53)  # RGB, 0..255
-IMAGENET_STD = (58.395, 57.12, 57.375)
+PIXELS = {  # means (0..255) and deviations of the channels that a backbone's weights expect
+    "rgb": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
+    "bgr": ((103.53, 116.28, 123.675), (1.0, 1.0, 1.0)),
+}
 MASK_CHUNK = 64  # instances whose full-resolution masks are held in memory at a time
 
 
@@ -52,12 +66,13 @@ class Encoded(NamedTuple):
 
 
 class CondInst(nn.Module):
-    """FCOS with conditional convolutions for masks (arXiv 2003.05664), trained from masks, boxes, or boxes and
-    pseudo masks.
+    """FCOS with conditional convolutions for masks (arXiv 2003.05664), trained from masks, boxes,
+    or boxes and pseudo masks.
 
-    `mode` chooses the mask losses: condinst (dice against true masks), boxinst (projection, colour pairwise),
-    boxteacher (those of boxinst, and the two of pseudo masks where there are any; masks rescore detections).
-    `loss_weights` by the names of the losses; `detect_options` go to fcos.detect.
+    `mode` chooses the mask losses: condinst (dice against true masks), boxinst (projection, colour
+    pairwise), boxteacher (those of boxinst, and the two of pseudo masks where there are any; masks
+    rescore detections). `loss_weights` by the names of the losses; `detect_options` go to
+    fcos.detect.
     """
 
     def __init__(
@@ -71,8 +86,7 @@ class CondInst(nn.Module):
         affinity_threshold: float = 0.5,
         max_mask_locations: int = 64,
         detect_options: dict[str, float] | None = None,
-        pixel_mean: Sequence[float] = IMAGENET_MEAN,
-        pixel_std: Sequence[float] = IMAGENET_STD,
+        pixel_format: str = "rgb",
     ) -> None:
         super().__init__()
         self.backbone, self.head, self.mask_branch = backbone, head, mask_branch
@@ -80,11 +94,13 @@ class CondInst(nn.Module):
         self.color_threshold, self.affinity_threshold = color_threshold, affinity_threshold
         self.max_mask_locations = max_mask_locations
         self.detect_options = detect_options or {}
-        for name, values in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
+        self.is_bgr = pixel_format == "bgr"
+        for name, values in zip(("pixel_mean", "pixel_std"), PIXELS[pixel_format], strict=True):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
 
     def normalize(self, images: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
-        """uint8 RGB [N, 3, h, w] to zero mean and unit deviation; the padding becomes exactly 0."""
+        """uint8 RGB [N, 3, h, w] to what the backbone's weights expect; the padding becomes 0."""
+        images = images.flip(1) if self.is_bgr else images
         normalized = (images - self.pixel_mean) / self.pixel_std
         for image, (height, width) in zip(normalized, sizes, strict=True):
             image[:, height:] = 0
@@ -97,7 +113,9 @@ class CondInst(nn.Module):
         return Encoded(self.head(features), locations, self.mask_branch(features[:3]))
 
     def mask_logits_s4(self, encoded: Encoded, index: Tensor) -> Tensor:
-        """Masks of chosen locations, upsampled from stride 8. index [N, K] into P. Returns [N, K, H, W]."""
+        """Masks of chosen locations, upsampled from stride 8. index [N, K] into P. Returns [N, K,
+        H, W].
+        """
         params = self.head.dynamic_params(encoded.predictions.box_features, index)
         xy, strides = encoded.locations.xy[index], encoded.locations.strides[index]
         # the size of interest of a level (64 .. 1024 px) is 8 times its stride
@@ -113,9 +131,10 @@ class CondInst(nn.Module):
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The weighted losses of one batch, and figures worth watching.
 
-        images uint8 [N, 3, h, w]: what the student sees (`batch.images` is the plain copy, for colour similarity);
-        weak_factor in [0, 1] is the warm-up of the losses without true masks. Normalisers are means over ranks, so
-        the losses of a global batch do not depend on how many processes share it.
+        images uint8 [N, 3, h, w]: what the student sees (`batch.images` is the plain copy, for
+        colour similarity); weak_factor in [0, 1] is the warm-up of the losses without true masks.
+        Normalisers are means over ranks, so the losses of a global batch do not depend on how many
+        processes share it.
         """
         encoded = self.encode(self.normalize(images, batch.sizes))
         targets = fcos.assign_targets(
@@ -194,10 +213,11 @@ class CondInst(nn.Module):
         sizes: Sequence[tuple[int, int]],
         output_sizes: Sequence[tuple[int, int]],
     ) -> list[Instances]:
-        """Boxes, scores, classes and masks of each image in pixels of its output size (height, width).
+        """Boxes, scores, classes and masks of each image in pixels of its output size (height,
+        width).
 
-        Empty boxes are dropped. In mode boxteacher the score is sqrt(c * mean probability of the mask's
-        foreground), 0 for an empty mask; else c.
+        Empty boxes are dropped. In mode boxteacher the score is sqrt(c * mean probability of the
+        mask's foreground), 0 for an empty mask; else c.
         """
         encoded = self.encode(self.normalize(images, sizes))
         results = []
@@ -229,7 +249,9 @@ class CondInst(nn.Module):
         size: tuple[int, int],
         output_size: tuple[int, int],
     ) -> Tensor:
-        """Mask probabilities of one image's chosen locations index [D] at full resolution [D, h, w]."""
+        """Mask probabilities of one image's chosen locations index [D] at full resolution [D, h,
+        w].
+        """
         predictions = encoded.predictions
         one = slice(image, image + 1)
         features = [f[one] for f in predictions.box_features]
@@ -252,12 +274,15 @@ class CondInst(nn.Module):
         mask_threshold: float = 0.5,
         iou_threshold: float = 0.5,
         score_threshold: float = 0.0,
+        published: bool = False,
     ) -> PseudoMasks:
-        """The teacher's step (BoxTeacher, section 3.2): detect on the plain images, score the masks, assign them to
-        the ground-truth boxes. Called in train mode: the mask branch uses the batch's statistics.
+        """The teacher's step (BoxTeacher): detect on the plain images, score the
+        masks, assign them to the ground-truth boxes. Called in train mode: the mask branch uses the
+        batch's statistics.
 
-        Images are resized to `short_side` (at most `long_side`); short_side 0 keeps the student's size. Masks are
-        made only for detections whose IoU with some box reaches the threshold: the others cannot be assigned.
+        Images are resized to `short_side` (at most `long_side`); short_side 0 keeps the student's
+        size. Masks are made only for detections whose IoU with some box reaches the threshold: the
+        others cannot be assigned. `published`: scores and assignment as in the published code.
         """
         num_images, num_boxes = batch.valid.shape
         rows, columns = batch.images.shape[-2] // 4, batch.images.shape[-1] // 4
@@ -271,17 +296,21 @@ class CondInst(nn.Module):
         encoded = self.encode(normalized)
         for n, found in enumerate(self.detect(encoded)):
             size = batch.sizes[n]
-            boxes, _ = fit_boxes(found.boxes, sizes[n], size)
+            boxes, is_box = fit_boxes(found.boxes, sizes[n], size)
             ious = box_iou(boxes, batch.boxes[n]).masked_fill(~batch.valid[n], -1)
             is_useful = (ious >= iou_threshold).any(1)
-            boxes, scores, ious = boxes[is_useful], found.scores[is_useful], ious[is_useful]
-            if not len(boxes):
+            if not is_useful.any():
                 continue
+            if published:  # its first detection is a special case, so it must remain the first
+                is_useful[is_box.int().argmax()] = True
+            boxes, scores, ious = boxes[is_useful], found.scores[is_useful], ious[is_useful]
             index = found.location_index[is_useful]
             probs = self.mask_probs(encoded, n, index, sizes[n], size)
             inside = losses.box_masks(boxes, *size, stride=1)
-            trust = mask_aware_scores(probs, scores, inside, mask_threshold)
-            assigned = assign_to_boxes(ious, trust, iou_threshold, score_threshold)
+            order = trust = mask_aware_scores(probs, scores, inside, mask_threshold)
+            if published:
+                order, trust = published_scores(probs, scores, mask_threshold)
+            assigned = assign_to_boxes(ious, order, iou_threshold, score_threshold, published)
             has_mask = (assigned >= 0).to(boxes.device)
             assigned = assigned.to(boxes.device).clamp(min=0)
             sampled = (probs > mask_threshold)[:, 2::4, 2::4][assigned] & has_mask[:, None, None]
@@ -320,7 +349,9 @@ def detection_loss_sums(
 def fit_boxes(
     boxes: Tensor, size: tuple[int, int], output_size: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Boxes [D, 4] scaled from one image size (height, width) to another and clipped; and which are not empty."""
+    """Boxes [D, 4] scaled from one image size (height, width) to another and clipped; and which are
+    not empty.
+    """
     scale_y, scale_x = output_size[0] / size[0], output_size[1] / size[1]
     boxes = boxes * boxes.new_tensor([scale_x, scale_y, scale_x, scale_y])
     boxes = clip_boxes_to_image(boxes, output_size)
@@ -330,9 +361,10 @@ def fit_boxes(
 def resize_images(
     images: Tensor, sizes: Sequence[tuple[int, int]], short_side: int, long_side: int
 ) -> tuple[Tensor, list[tuple[int, int]]]:
-    """Normalised images [N, 3, H, W] resized bilinearly, without antialiasing, and padded anew with 0 to multiples
-    of 32. Returns them and their new sizes."""
-    new_sizes = [resized_size(height, width, short_side, 0.0, long_side) for height, width in sizes]
+    """Normalised images [N, 3, H, W] resized bilinearly, without antialiasing, and padded anew with
+    0 to multiples of 32. Returns them and their new sizes.
+    """
+    new_sizes = [resized_size(height, width, short_side, long_side) for height, width in sizes]
     height, width = (-(-max(side) // 32) * 32 for side in zip(*new_sizes, strict=True))
     resized = images.new_zeros(len(images), 3, height, width)
     for n, ((old_h, old_w), (h, w)) in enumerate(zip(sizes, new_sizes, strict=True)):
@@ -342,12 +374,17 @@ def resize_images(
 
 
 def build_model(cfg: Config, num_classes: int, load_pretrained: bool = True) -> CondInst:
-    """The one place where a configuration becomes modules. `load_pretrained=False` leaves out ImageNet weights
-    (for a checkpoint to come)."""
+    """The one place where a configuration becomes modules. `load_pretrained=False` leaves out
+    ImageNet weights (for a checkpoint to come).
+    """
     state_dict = None
     if load_pretrained and (cfg.pretrained or cfg.backbone_weights):
-        state_dict = pretrained_state_dict(cfg.backbone, cfg.backbone_weights)
-    body = ResNet(cfg.backbone, cfg.norm, cfg.freeze_at, state_dict)
+        state_dict = pretrained_state_dict(cfg.backbone, cfg.backbone_weights, read_backbone)
+    if cfg.backbone in SWINS:
+        body = Swin(cfg.backbone, cfg.freeze_at, state_dict, cfg.drop_path)
+    else:
+        variant = (cfg.stride_in_1x1, cfg.deformable)
+        body = ResNet(cfg.backbone, cfg.norm, cfg.freeze_at, state_dict, *variant)
     dynamic = num_dynamic_params(cfg.mask_channels)
     return CondInst(
         Backbone(body, cfg.fpn_channels),
@@ -379,4 +416,10 @@ def build_model(cfg: Config, num_classes: int, load_pretrained: bool = True) -> 
             "nms_threshold": cfg.nms_threshold,
             "max_detections": cfg.max_detections,
         },
+        pixel_format=cfg.pixel_format,
     )
+
+
+def make_teacher(student: CondInst) -> CondInst:
+    """A copy that is never trained, without stochastic depth (the published teacher keeps it)."""
+    return without_drop_path(copy.deepcopy(student).requires_grad_(False))

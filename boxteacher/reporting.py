@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ from .visualize import contact_sheet, draw_instances
 
 @torch.no_grad()
 def pseudo_mask_figures(pseudo: PseudoMasks, batch: Batch) -> dict[str, Tensor]:
-    """The flywheel in numbers: how many boxes have a pseudo mask, how far they are trusted, and, where true masks
-    exist, how right they are (mean IoU on the stride-4 grid)."""
+    """The flywheel in numbers: how many boxes have a pseudo mask, how far they are trusted, and,
+    where true masks exist, how right they are (mean IoU on the stride-4 grid).
+    """
     has_pseudo = (pseudo.weights > 0) & batch.valid
     count = has_pseudo.sum()
     figures = {
@@ -41,11 +42,13 @@ def pseudo_mask_figures(pseudo: PseudoMasks, batch: Batch) -> dict[str, Tensor]:
 
 
 class RunLog:
-    """Progress on the terminal and in metrics.jsonl, by rank 0: one line every `every` steps, one per evaluation."""
+    """Progress on the terminal and in metrics.jsonl, by rank 0: one line every `every` steps, one
+    per evaluation.
+    """
 
     def __init__(self, path: Path, start: int, steps: int, every: int, batch_size: int) -> None:
         self.every, self.batch_size = every, batch_size
-        self.file = open(path, "a") if distributed.is_main() else None
+        self.path = path if distributed.is_main() else None
         self.bar = tqdm(
             total=steps,
             initial=start,
@@ -59,7 +62,9 @@ class RunLog:
     def wants(self, step: int) -> bool:
         return (step + 1) % self.every == 0 or step + 1 == self.bar.total
 
-    def step(self, step: int, lr: float, losses: Mapping[str, Tensor], figures: Mapping[str, Tensor]) -> None:
+    def step(
+        self, step: int, lr: float, losses: Mapping[str, Tensor], figures: Mapping[str, Tensor]
+    ) -> None:
         """Write one line; losses and figures are averaged over ranks."""
         names = [*losses, *figures]
         values = torch.stack([v.float() for v in (*losses.values(), *figures.values())])
@@ -71,7 +76,9 @@ class RunLog:
         shown = {"loss": f"{total:.3f}", "lr": f"{lr:.2g}", "images/s": f"{images_per_s:.1f}"}
         shown |= {name: f"{values[name]:.2f}" for name in losses}
         self.bar.set_postfix(shown)
-        self._write({"step": step + 1, "lr": lr, "images_per_s": images_per_s, "loss": total} | values)
+        self._write(
+            {"step": step + 1, "lr": lr, "images_per_s": images_per_s, "loss": total} | values
+        )
         self.started, self.since = time.perf_counter(), step + 1
 
     def evaluation(self, step: int, tables: Mapping[str, Any], seconds: float) -> None:
@@ -84,27 +91,28 @@ class RunLog:
 
     def close(self) -> None:
         self.bar.close()
-        if self.file:
-            self.file.close()
 
     def _write(self, line: dict[str, Any]) -> None:
-        if self.file:
-            rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}
-            self.file.write(json.dumps(_without_nan(rounded)) + "\n")
-            self.file.flush()
+        if self.path:
+            with open(self.path, "a") as file:
+                file.write(json.dumps({k: _json_value(v) for k, v in line.items()}) + "\n")
 
 
-def _without_nan(line: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN: null."""
-    return {k: None if isinstance(v, float) and v != v else v for k, v in line.items()}
+def _json_value(value: Any) -> Any:
+    """Six digits are enough; JSON has no NaN: null."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if value == value else None
+    return value
 
 
 @torch.no_grad()
 def make_contact_sheet(
     model: CondInst, dataset: CocoDataset, device: torch.device, rows: int = 6
 ) -> Image.Image:
-    """The first images with objects in four columns: boxes; the pseudo masks that the model makes of these boxes
-    (opacity = mask-aware score); its predictions over score 0.3; the true masks, where there are any."""
+    """The first images with objects in four columns: boxes; the pseudo masks that the model makes
+    of these boxes (opacity = mask-aware score); its predictions over score 0.3; the true masks,
+    where there are any.
+    """
     titles = ["image and boxes", "pseudo masks", "predictions", "truth"]
     was_training = model.training
     model.eval()
@@ -113,7 +121,10 @@ def make_contact_sheet(
         if len(pictures) == rows:
             break
         batch = collate([dataset[index]]).to(device)
-        image, (height, width) = batch.images[0, :, : batch.sizes[0][0], : batch.sizes[0][1]], batch.sizes[0]
+        image, (height, width) = (
+            batch.images[0, :, : batch.sizes[0][0], : batch.sizes[0][1]],
+            batch.sizes[0],
+        )
         valid = batch.valid[0]
         boxes, labels = batch.boxes[0, valid], batch.labels[0, valid]
         if not len(boxes):
@@ -124,14 +135,17 @@ def make_contact_sheet(
         crop = (slice(None), slice(0, -(-height // 4)), slice(0, -(-width // 4)))
         truth = batch.masks[0, valid][crop] if batch.masks is not None else None
 
-        def draw(boxes, masks, labels, scores=None, opacity=1.0, image=image) -> Image.Image:
-            return draw_instances(image, boxes, masks, labels, dataset.class_names, scores, opacity, 384)
-
+        draw = partial(draw_instances, image, class_names=dataset.class_names, side=384)
         pictures.append(
             [
                 draw(boxes, None, labels),
                 draw(None, pseudo.masks[0, valid][crop], labels, opacity=pseudo.weights[0, valid]),
-                draw(found.boxes[sure], found.masks[sure], found.labels[sure], found.scores[sure]),
+                draw(
+                    found.boxes[sure],
+                    found.masks[sure],
+                    found.labels[sure],
+                    scores=found.scores[sure],
+                ),
                 draw(None, truth, labels),
             ]
         )

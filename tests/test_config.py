@@ -45,6 +45,7 @@ def test_all_coco_presets_exist():
         for depth in ("r50", "r101")
         for schedule in ("1x", "3x")
     }
+    names |= {"coco_boxteacher_r101_dcn_3x", "coco_boxteacher_swin_b_3x"}
     assert set(PRESETS) == names | {"shapes", "nuclei"}
 
 
@@ -65,6 +66,10 @@ def test_coco_recipes_are_the_published_ones():
     boxinst = parse(["coco_boxinst_r50_1x"])
     assert (boxinst.mask_channels, boxinst.max_mask_locations) == (16, 64)
     assert boxinst.student_augmentation == "none"
+    dcn, swin = parse(["coco_boxteacher_r101_dcn_3x"]), parse(["coco_boxteacher_swin_b_3x"])
+    assert dcn == replace(three, preset=dcn.preset, deformable=True)
+    assert (swin.optimizer, swin.lr, swin.weight_decay) == ("adamw", 1e-4, 0.05)
+    assert (swin.backbone, swin.drop_path, swin.steps) == ("swin_b", 0.2, 270_000)
 
 
 def test_mode_brings_its_recipe_unless_overruled():

@@ -1,4 +1,4 @@
-"""data.py: what is refused and how, every image mode, geometry against loops, batches, colours."""
+"""data.py and datasets.py: what is refused, image modes, geometry against loops, batches, colours."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as rle_codec
 
-from boxteacher import data
+from boxteacher import data, datasets
 from boxteacher.data import DataError, Geometry, View
 
 # pycocotools 2.0.11 under numpy 2.4
@@ -34,7 +34,7 @@ def tiny_coco() -> dict:
     ]
     annotations = [
         {"id": 1, "image_id": 3, "category_id": 7, "bbox": [4, 6, 20, 10]},
-        {"id": 2, "image_id": 3, "category_id": 2, "bbox": [30, 20, 20, 20], "segmentation": []},
+        {"id": 2, "image_id": 3, "category_id": 2, "bbox": [30, 20, 90, 90], "segmentation": []},
         {"id": 5, "image_id": 9, "category_id": 2, "bbox": [2.5, 3, 8, 9.25]},
     ]
     categories = [{"id": 7, "name": "dog"}, {"id": 2, "name": "cat"}]
@@ -83,9 +83,9 @@ def many(count: int) -> dict:
 
 
 def test_a_box_only_json_is_read(tmp_path):
-    coco = data.read_coco(*write(tmp_path, tiny_coco()))
+    coco = datasets.read_coco(*write(tmp_path, tiny_coco()))
     assert coco["images"] == tiny_coco()["images"]
-    loaded = dataset(coco, load_image=data.image_loader(tmp_path))
+    loaded = dataset(coco, load_image=datasets.image_loader(tmp_path))
     assert loaded.class_names == ["cat", "dog"]
     assert loaded.category_ids == [2, 7]
     assert [c["id"] for c in loaded.categories] == [2, 7]
@@ -178,7 +178,7 @@ def test_bad_json_gets_one_line_with_file_entry_and_field(tmp_path, path, value,
     change(path, value)(coco)
     json_path, images_dir = write(tmp_path, coco)
     with pytest.raises(DataError, match=message) as caught:
-        data.read_coco(json_path, images_dir)
+        datasets.read_coco(json_path, images_dir)
     assert str(caught.value).startswith(f"{json_path}: ")
     assert "\n" not in str(caught.value)
 
@@ -190,28 +190,28 @@ def test_malformed_json(tmp_path, text):
     with pytest.raises(
         DataError, match=r"boxes.json cannot be read \(.*\); give a JSON file"
     ) as caught:
-        data.read_coco(json_path, images_dir)
+        datasets.read_coco(json_path, images_dir)
     assert "\n" not in str(caught.value)
 
 
 def test_missing_json_or_images(tmp_path):
     json_path, images_dir = write(tmp_path, tiny_coco())
     with pytest.raises(DataError, match=r"none\.json cannot be read .*No such file.*; give"):
-        data.read_coco(tmp_path / "none.json", images_dir)
+        datasets.read_coco(tmp_path / "none.json", images_dir)
     with pytest.raises(DataError, match="none: no such image directory; give"):
-        data.read_coco(json_path, tmp_path / "none")
+        datasets.read_coco(json_path, tmp_path / "none")
     (tmp_path / "tall.png").unlink()
     with pytest.raises(
         DataError, match=r"tall\.png: no such file.*id 9.*'file_name'.*1 of 2 images"
     ):
-        data.read_coco(json_path, images_dir)
-    assert data.read_coco(json_path, tmp_path / "none", check_images=False)["images"]
+        datasets.read_coco(json_path, images_dir)
+    assert datasets.read_coco(json_path, tmp_path / "none", check_images=False)["images"]
 
 
 @pytest.mark.parametrize("top", [[], [1], None, 3, "images"])
 def test_top_level_must_be_an_object(top):
     with pytest.raises(DataError, match=r"x\.json: the top level is a \w+; expected an object"):
-        data.check_coco(top, "x.json")
+        datasets.check_coco(top, "x.json")
 
 
 def test_known_empty_boxes_of_coco_are_left_out():
@@ -219,7 +219,7 @@ def test_known_empty_boxes_of_coco_are_left_out():
     coco["images"].append({"id": 200365, "file_name": "0.jpg", "width": 640, "height": 480})
     empty = {"id": 918, "image_id": 200365, "category_id": 2, "bbox": [296.65, 388.33, 1.03, 0.0]}
     coco["annotations"] += [empty, empty | {"id": 919, "bbox": [5, 6, 7, 8]}]
-    data.check_coco(coco, "coco")
+    datasets.check_coco(coco, "coco")
     assert dataset(coco)[2].boxes.tolist() == [[5, 6, 12, 14]]
 
 
@@ -230,9 +230,9 @@ def test_image_of_another_size_is_refused_before_training(tmp_path, size):
     with pytest.raises(
         DataError, match=r"boxes\.json: image id 3 \(wide\.png\).*40x30.*has {}x{}".format(*size)
     ):
-        data.read_coco(json_path, images_dir)
+        datasets.read_coco(json_path, images_dir)
     with pytest.raises(DataError, match="image id 3"):  # and when loaded
-        dataset(tiny_coco(), load_image=data.image_loader(images_dir))[0]
+        dataset(tiny_coco(), load_image=datasets.image_loader(images_dir))[0]
 
 
 # --- image files ---
@@ -253,14 +253,14 @@ def test_exif_rotated_images_count_as_rotated(tmp_path, suffix):
     coco = tiny_coco()
     coco["images"][0]["file_name"] = f"a.{suffix}"
     json_path, images_dir = write(tmp_path, coco)
-    data.read_coco(json_path, images_dir)  # 40x30 after rotation: as the JSON says
-    image = data.image_loader(images_dir)(coco["images"][0])
+    datasets.read_coco(json_path, images_dir)  # 40x30 after rotation: as the JSON says
+    image = datasets.image_loader(images_dir)(coco["images"][0])
     assert image.shape == (30, 40, 3)
     if suffix in ("png", "tiff"):
         np.testing.assert_array_equal(image, seen)
     save_rotated(tmp_path / f"a.{suffix}", (40, 30))  # 30x40 when seen upright
     with pytest.raises(DataError, match=r"image id 3.*40x30.*30x40"):
-        data.read_coco(json_path, images_dir)
+        datasets.read_coco(json_path, images_dir)
 
 
 GRAY = np.arange(0, 252, dtype=np.uint8).reshape(12, 21)
@@ -308,7 +308,7 @@ def test_every_mode_loads_as_rgb(tmp_path, mode):
     with Image.open(tmp_path / f"a.{suffix}") as saved:
         # before version 11, Pillow opened 16-bit PNG files as I
         assert saved.mode == mode.split("-")[0] or (mode, saved.mode) == ("I;16", "I")
-    loaded = data.image_loader(tmp_path)({"file_name": f"a.{suffix}"})
+    loaded = datasets.image_loader(tmp_path)({"file_name": f"a.{suffix}"})
     assert loaded.dtype == np.uint8
     assert loaded.flags.writeable
     np.testing.assert_array_equal(loaded, expected)
@@ -330,7 +330,7 @@ def test_unusable_images_are_refused_by_name(tmp_path, name, make, reason):
     with pytest.raises(
         DataError, match=f"{name} cannot be read .*{reason}.*; replace it"
     ) as caught:
-        data.image_loader(tmp_path)({"file_name": name})
+        datasets.image_loader(tmp_path)({"file_name": name})
     assert "\n" not in str(caught.value)
 
 
@@ -342,14 +342,14 @@ def test_truncated_images_are_refused_by_name(tmp_path, name):
     for share in (0.3, 0.9):
         (tmp_path / name).write_bytes(content[: int(len(content) * share)])
         with pytest.raises(DataError, match=f"{name} cannot be read"):
-            data.image_loader(tmp_path)({"file_name": name})
+            datasets.image_loader(tmp_path)({"file_name": name})
 
 
 def test_unreadable_header_is_refused_before_training(tmp_path):
     json_path, images_dir = write(tmp_path, tiny_coco())
     (tmp_path / "tall.png").write_text("no image")
     with pytest.raises(DataError, match=r"tall\.png cannot be read"):
-        data.read_coco(json_path, images_dir)
+        datasets.read_coco(json_path, images_dir)
 
 
 # --- geometry ---
@@ -383,7 +383,7 @@ def views(draw) -> View:
     return View(original, resized, (top, left, h, w), draw(st.booleans()))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(views(), st.integers(0, 2**32 - 1), st.booleans())
 def test_mask_of_a_view_against_loops(view, seed, compressed):
     mask = np.random.default_rng(seed).random(view.original) < 0.5
@@ -427,7 +427,7 @@ def encode(mask: np.ndarray, compressed: bool) -> dict:
     return {"size": list(mask.shape), "counts": counts}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(views(), st.integers(0, 2**32 - 1))
 def test_image_of_a_view_is_resize_then_crop_then_flip(view, seed):
     pixels = np.random.default_rng(seed).integers(0, 256, (*view.original, 3), dtype=np.uint8)
@@ -435,10 +435,12 @@ def test_image_of_a_view_is_resize_then_crop_then_flip(view, seed):
     whole = np.asarray(Image.fromarray(pixels).resize((wide, tall), Image.Resampling.BILINEAR))
     expected = whole[top : top + h, left : left + w].astype(int)
     expected = expected[:, ::-1] if view.flip else expected
-    assert abs(view.image(pixels) - expected).max() <= 1
+    assert abs(view.image(pixels) - expected).max() <= 2  # two passes, each rounded
+    uncut = View(view.original, view.resized, (0, 0, tall, wide), False)
+    np.testing.assert_array_equal(uncut.image(pixels), whole)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(views(), st.integers(0, 2**32 - 1))
 def test_boxes_of_a_view_against_loops(view, seed):
     rng = np.random.default_rng(seed)
@@ -495,7 +497,7 @@ def test_flipping_twice_is_the_identity():
     np.testing.assert_array_equal(view.mask(encode(view.mask(encode(mask, True)), True)), mask)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.integers(5, 80), st.integers(5, 80), st.integers(1, 100), st.integers(0, 10**6))
 def test_a_crop_shows_the_centre_of_a_box(height, width, crop, seed):
     rng = np.random.default_rng(seed)
@@ -560,7 +562,7 @@ def masked_coco() -> dict:
     coco["annotations"][0]["segmentation"] = [[4, 6, 24, 16, 4, 16]]
     coco["annotations"][1]["segmentation"] = encode(triangle, True)
     coco["annotations"][2]["segmentation"] = encode(np.zeros((50, 24), bool), False)
-    data.check_coco(coco, "masks")
+    datasets.check_coco(coco, "masks")
     return coco
 
 
@@ -782,7 +784,9 @@ def test_a_workers_error_arrives_as_its_one_line(workers):
 
 def test_a_dataset_can_be_sent_to_a_worker(tmp_path):
     write(tmp_path, tiny_coco())
-    sent = pickle.loads(pickle.dumps(dataset(tiny_coco(), load_image=data.image_loader(tmp_path))))
+    sent = pickle.loads(
+        pickle.dumps(dataset(tiny_coco(), load_image=datasets.image_loader(tmp_path)))
+    )
     assert sent[0].image_id == 3
 
 
@@ -907,13 +911,13 @@ def test_unknown_strength():
 @pytest.mark.skipif(not NUCLEI.is_dir(), reason="needs ../shared/data/nuclei")
 def test_nuclei():
     annotations = NUCLEI / "annotations"
-    coco = data.read_coco(annotations / "boxes_train.json", NUCLEI / "images" / "train")
+    coco = datasets.read_coco(annotations / "boxes_train.json", NUCLEI / "images" / "train")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train = dataset(
             coco,
             Geometry(scales=(1.5, 2.0), crop=256, flip=True),
-            load_image=data.image_loader(NUCLEI / "images" / "train"),
+            load_image=datasets.image_loader(NUCLEI / "images" / "train"),
             with_masks=True,
         )
     assert len(train) == 562
@@ -924,9 +928,9 @@ def test_nuclei():
         assert not batch.has_mask.any()
         assert not batch.masks.any()
 
-    coco = data.read_coco(annotations / "instances_val.json", NUCLEI / "images" / "val")
+    coco = datasets.read_coco(annotations / "instances_val.json", NUCLEI / "images" / "val")
     geometry = Geometry(sizes=(384,), max_size=800)
-    load = data.image_loader(NUCLEI / "images" / "val")
+    load = datasets.image_loader(NUCLEI / "images" / "val")
     val = dataset(coco, geometry, load_image=load, train=False, with_masks=True, mask_centers=True)
     assert len(val) == 51
     batch, original = next(iter(data.make_test_loader(val, 0, 1, 0)))

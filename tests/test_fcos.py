@@ -209,6 +209,18 @@ def test_assign_targets_includes_both_ends_of_a_range():
     assert targets.is_positive[1, 256:320][xy[256:320] == 56].any()  # longest = 64 at level 1
 
 
+def test_assign_targets_within_a_stride_and_a_half_of_the_center():
+    boxes = torch.tensor([10.0, 10.0, 70.0, 70.0]).expand(2, 1, 4)
+    centers = torch.tensor([[[40.0, 40.0]], [[39.97, 40.0]]])  # x = 28 is 12 away, and 11.97
+    one = torch.ones(2, 1, dtype=torch.int64)
+    features = pyramid(96, 96, 1)
+    targets = check_targets(features, boxes, one, one.bool(), centers)
+    xy = make_locations(features).xy[:144]
+    for n, expected in enumerate(([36, 44], [28, 36, 44])):
+        columns = xy[targets.is_positive[n, :144]][:, 0].unique()
+        assert columns.tolist() == expected
+
+
 def test_assign_targets_smallest_box_wins_and_the_first_of_equals():
     boxes = torch.tensor([[[10.0, 10, 60, 60], [20, 20, 50, 50], [20, 20, 50, 50.0]]])
     labels, valid = torch.tensor([[4, 5, 6]]), torch.ones(1, 3, dtype=torch.bool)

@@ -28,9 +28,11 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "distributed": ({"torch"}, set()),
     "config": (set(), set()),
     "model": ({"torch", "torchvision"}, TIER_0 | TIER_1),
-    "evaluation": ({"torch", "numpy", "pycocotools"}, {"data", "distributed"}),
+    "evaluation": ({"torch", "numpy", "pycocotools", "tqdm"}, {"data", "distributed"}),
+    "datasets": ({"numpy", "PIL"}, {"config", "data", "shapes"}),
     "checkpoint": ({"torch", "numpy"}, set()),
-    "visualize": ({"torch", "torchvision", "PIL"}, set()),
+    "visualize": ({"torch", "numpy", "PIL"}, set()),
+    "reporting": ({"torch", "tqdm", "PIL"}, {"data", "distributed", "model", "visualize"}),
 }
 TOP_LEVEL = {
     *("boxteacher", "tests", "docs", "train.py", "evaluate.py"),

@@ -284,11 +284,12 @@ def slow_smooth(mask):
     return smooth.tolist()
 
 
-@pytest.mark.parametrize("threshold", [0.5, 0.3, 0.7])
+@pytest.mark.parametrize("threshold", [0.5, 0.3, 0.7, 1.0])
 def test_affinity_loss(threshold):
     logits, boxes = 3 * random(2, 3, 6, 7), coin(2, 3, 6, 7, p=0.8)
     masks, inside_image = coin(2, 3, 6, 7).double(), coin(2, 6, 7, p=0.7)
     boxes[0, 1] = False
+    masks[0, 2] = 1
     masks[1, 2] = 0
     loss = losses.affinity_loss(logits, masks, boxes, inside_image, threshold)
     for n in range(2):

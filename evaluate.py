@@ -1,0 +1,93 @@
+"""Box and mask AP of a checkpoint:
+
+    python evaluate.py --checkpoint runs/shapes/last.pt [--student] [--field value ...]
+    python evaluate.py --official boxteacher_r50_1x.pth [--preset coco_boxteacher_r50_1x] [--student]
+
+The teacher is judged where there is one; --student judges the student. Any field of the
+configuration can be replaced, such as --val-json and --val-images. The predictions are written in
+COCO's format beside the checkpoint, or into the folder of --out. Also runs under torchrun.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+from boxteacher import distributed
+from boxteacher.backbone import WeightsError
+from boxteacher.checkpoint import CheckpointError, import_official, load_checkpoint, load_weights
+from boxteacher.config import ConfigError, from_dict, read_options, validate
+from boxteacher.data import DataError
+from boxteacher.datasets import make_val_set
+from boxteacher.evaluation import EvaluationError, evaluate_dataset
+from boxteacher.model import build_model
+
+
+def read_arguments(argv: list[str]) -> tuple[Path, bool, bool, dict[str, Any]]:
+    """The checkpoint's file, whether it is a published one, whether the student is meant, fields."""
+    words = list(argv)
+    if not words or "--help" in words or "-h" in words:
+        print(__doc__)
+        raise SystemExit(0)
+    is_student = "--student" in words
+    words = [word for word in words if word != "--student"]
+    files = {}
+    for option in ("--checkpoint", "--official"):
+        for i, word in enumerate(words):
+            name, equals, value = word.partition("=")
+            if name == option:
+                value = [value] if equals else words[i + 1 : i + 2]
+                files[option] = value[0] if value else ""
+                del words[i : i + (1 if equals else 2)]
+                break
+    if len(files) != 1 or not all(files.values()):
+        raise ConfigError("give either --checkpoint FILE or --official FILE (see --help)")
+    (option, file), *_ = files.items()
+    return Path(file), option == "--official", is_student, read_options(words)
+
+
+def main() -> None:
+    path, is_official, is_student, given = read_arguments(sys.argv[1:])
+    if is_official:
+        state = import_official(path, build_model, **given)
+        notes = state["notes"]
+    else:
+        if "preset" in given:
+            raise ConfigError("preset: a checkpoint brings its configuration; replace single fields")
+        state, notes = load_checkpoint(path), []
+    cfg = dataclasses.replace(from_dict(state["config"], str(path)), **given)
+    if cfg.dataset == "shapes" and given.keys() & {"val_json", "val_images"}:
+        raise ConfigError(f"{path} is about generated images; to read files, add --dataset coco")
+    validate(dataclasses.replace(cfg, resume=False, init=str(path)))
+
+    device = distributed.init_distributed(cfg.device)
+    if distributed.is_main():
+        for note in notes:
+            print(note, file=sys.stderr)
+    val_set = make_val_set(cfg)
+    if val_set.category_ids != state["category_ids"]:
+        theirs = ", ".join(map(str, state["class_names"]))
+        raise DataError(f"{val_set.name} has other classes than {path}, which knows {theirs}")
+    who = "student" if is_student or state["teacher"] is None else "teacher"
+    model = build_model(cfg, len(val_set.class_names), load_pretrained=False)
+    load_weights(model, state[who], f"{path} ({who})")
+    model.to(device)
+
+    out = Path(given.get("out") or path.parent)
+    out.mkdir(parents=True, exist_ok=True)
+    results = out / f"{path.stem}_{who}_results.json"
+    _, text = evaluate_dataset(model, val_set, device, cfg.workers, cfg.max_detections, results)
+    if distributed.is_main():
+        print(f"{path}: {who}, step {state['step']}, {val_set.name}\n{text}\n{results}")
+    distributed.shutdown()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ConfigError, DataError, WeightsError, CheckpointError, EvaluationError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
