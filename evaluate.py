@@ -1,11 +1,12 @@
 """Box and mask AP of a checkpoint:
 
     python evaluate.py --checkpoint runs/shapes/last.pt [--student] [--field value ...]
-    python evaluate.py --official boxteacher_r50_1x.pth [--preset coco_boxteacher_r50_1x] [--student]
+    python evaluate.py --official boxteacher_r50_1x.pth --preset coco_boxteacher_r50_1x
 
 The teacher is judged where there is one; --student judges the student. Any field of the
 configuration can be replaced, such as --val-json and --val-images. The predictions are written in
-COCO's format beside the checkpoint, or into the folder of --out. Also runs under torchrun.
+COCO's format beside the checkpoint, or into the folder of --out. Runs under torchrun too. Without
+--preset the weights of a published checkpoint say what they are.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from boxteacher.model import build_model
 
 
 def read_arguments(argv: list[str]) -> tuple[Path, bool, bool, dict[str, Any]]:
-    """The checkpoint's file, whether it is a published one, whether the student is meant, fields."""
+    """The file, whether it is a published one, whether the student is meant, and fields."""
     words = list(argv)
     if not words or "--help" in words or "-h" in words:
         print(__doc__)
@@ -55,7 +56,7 @@ def main() -> None:
         notes = state["notes"]
     else:
         if "preset" in given:
-            raise ConfigError("preset: a checkpoint brings its configuration; replace single fields")
+            raise ConfigError("preset: a checkpoint has its own; replace single fields")
         state, notes = load_checkpoint(path), []
     cfg = dataclasses.replace(from_dict(state["config"], str(path)), **given)
     if cfg.dataset == "shapes" and given.keys() & {"val_json", "val_images"}:

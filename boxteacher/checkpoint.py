@@ -1,7 +1,7 @@
 """Checkpoints: written whole or not at all, read without running code, loaded without leniency.
 
-`python -m boxteacher.checkpoint IN OUT [--preset NAME] [--field value ...]` makes a checkpoint out of
-a published one, or, if IN is one of ours, a published one out of it.
+`python -m boxteacher.checkpoint IN OUT [--preset NAME] [--field value ...]` makes a checkpoint out
+of a published one, or, if IN is one of ours, a published one out of it.
 """
 
 from __future__ import annotations

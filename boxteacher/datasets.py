@@ -30,7 +30,9 @@ def make_train_set(cfg: Config) -> CocoDataset:
     if cfg.dataset == "shapes":
         seed = 2 * cfg.seed + 1  # odd seeds: training; 0: validation, the same for every run
         coco = make_shapes_coco(seed, cfg.shapes_train, cfg.shapes_size)
-        load_image = load_shapes_image(seed, cfg.shapes_size)
+        paint = load_shapes_image(seed, cfg.shapes_size)
+        # painted once: a small run sees each image several times, and painting costs like training
+        load_image = functools.partial(_kept, [paint(entry) for entry in coco["images"]])
     else:
         coco = read_coco(cfg.train_json, cfg.train_images)
         load_image = image_loader(cfg.train_images)
@@ -44,6 +46,10 @@ def make_train_set(cfg: Config) -> CocoDataset:
         bottom_rows=cfg.bottom_rows,
         seed=cfg.seed,
     )
+
+
+def _kept(images: list[np.ndarray], entry: dict) -> np.ndarray:
+    return images[entry["id"] - 1]
 
 
 def make_val_set(cfg: Config) -> CocoDataset:

@@ -281,7 +281,9 @@ def detect(
         reach = distances[index] * locations.strides[index, None]
         xy = locations.xy[index]
         boxes = torch.cat((xy - reach[:, :2], xy + reach[:, 2:]), dim=1)
-        keep = batched_nms(boxes, scores, labels, nms_threshold)
+        # it moves classes apart by the largest coordinate, which needs coordinates >= 0
+        lowest = torch.cat((boxes.flatten(), boxes.new_zeros(1))).min()
+        keep = batched_nms(boxes - lowest, scores, labels, nms_threshold)
         if len(keep) > max_detections:
             keep = keep[scores[keep] >= scores[keep[max_detections - 1]]]
         results.append(Detections(boxes[keep], scores[keep], labels[keep], index[keep]))

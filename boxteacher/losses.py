@@ -178,8 +178,9 @@ def affinity_loss(
     mask_logits, pseudo_masks {0, 1}, inside_box bool [N, K, H, W]; inside_image bool [N, H, W].
     Returns [N, K].
     """
-    mean = F.avg_pool2d(pseudo_masks, 3, stride=1, padding=1)  # zero padding, always divided by 9
-    smooth = (pseudo_masks + mean) / 2
+    each = pseudo_masks.flatten(0, 1)[:, None]  # as a batch, which may be empty
+    mean = F.avg_pool2d(each, 3, stride=1, padding=1)  # zero padding, always divided by 9
+    smooth = (pseudo_masks + mean.view_as(pseudo_masks)) / 2
 
     def pair_weights(direction: int) -> Tensor:
         t_i, t_j = _pairs(smooth, direction)
@@ -210,7 +211,8 @@ def rgb_to_lab(rgb: Tensor) -> Tensor:
         ]
     )
     white = linear.new_tensor([0.95047, 1.0, 1.08883])[:, None, None]
-    xyz = torch.einsum("dc,nchw->ndhw", to_xyz, linear) / white
+    # not a matrix product: autocast would round that to bfloat16, and TF32 to 10 bits
+    xyz = (to_xyz[..., None, None] * linear[:, None]).sum(2) / white
     f = torch.where(xyz > 0.008856, xyz.clamp(min=0.008856) ** (1 / 3), 7.787 * xyz + 16 / 116)
     x, y, z = f.unbind(1)
     return torch.stack((116 * y - 16, 500 * (x - y), 200 * (y - z)), dim=1)

@@ -30,6 +30,8 @@ def aligned_upsample(x: Tensor, factor: int) -> Tensor:
     if factor == 1:
         return x
     height, width = x.shape[-2:]
+    if x.shape[1] == 0:  # torch refuses to pad or to resize nothing
+        return x.reshape(len(x), 0, factor * height, factor * width)
     x = F.pad(x, (0, 1, 0, 1), mode="replicate")
     size = (factor * height + 1, factor * width + 1)
     x = F.interpolate(x, size=size, mode="bilinear", align_corners=True)

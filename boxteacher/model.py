@@ -225,7 +225,7 @@ class CondInst(nn.Module):
             boxes, keep = fit_boxes(found.boxes, sizes[n], output_sizes[n])
             boxes, scores, index = boxes[keep], found.scores[keep], found.location_index[keep]
             masks, means = [], [scores[:0]]
-            for part in index.split(MASK_CHUNK):
+            for part in index.split(MASK_CHUNK) if len(index) else ():
                 probs = self.mask_probs(encoded, n, part, sizes[n], output_sizes[n])
                 masks.append(probs > 0.5)
                 foreground = (probs * masks[-1]).sum((1, 2))

@@ -148,7 +148,8 @@ def to_official(weights: Mapping[str, Tensor], iteration: float = 0) -> dict[str
 
 def check_fit(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], what: str) -> list[str]:
     """Raise OfficialError, which names every unused, missing and mis-shaped entry, unless `weights`
-    (their names) fill a model whose state is `wanted` (our names). Returns OPTIONAL ones missing."""
+    (their names) fill a model whose state is `wanted` (our names). Returns which of OPTIONAL it
+    lacks."""
     theirs = {name: tuple(value.shape) for name, value in to_official(wanted).items()}
     found = {name: tuple(value.shape) for name, value in weights.items()}
     absent = [n for n in theirs if n not in found and n.endswith(OPTIONAL[1:])]

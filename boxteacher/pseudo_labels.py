@@ -34,7 +34,8 @@ def published_scores(
     """What the published code has in place of `mask_aware_scores`, to compare numbers with: the
     mean is over the whole mask, order and weight are two.
 
-        mean = Σ 1(m > tau) m / Σ 1(m > tau);  order = sqrt(c * mean);  weight = sqrt(sqrt(c) * mean)
+        mean = Σ 1(m > tau) m / Σ 1(m > tau)
+        order = sqrt(c * mean);   weight = sqrt(sqrt(c) * mean)
 
     Returns order and weight, each [D].
     """

@@ -1,4 +1,4 @@
-"""data.py and datasets.py: what is refused, image modes, geometry against loops, batches, colours."""
+"""data.py and datasets.py: what is refused, image modes, geometry against loops, batches."""
 
 from __future__ import annotations
 
@@ -717,7 +717,7 @@ def test_ranks_share_the_global_batches(grouping):
 def test_a_resumed_run_is_the_tail_of_the_whole(monkeypatch):
     whole = train_run()
     loaded = []
-    monkeypatch.setattr(data, "_check_size", lambda image, entry, name: loaded.append(entry["id"]))
+    monkeypatch.setattr(data, "check_size", lambda image, entry, name: loaded.append(entry["id"]))
     assert train_run(start=4) == whole[4:]
     assert len(loaded) == 2 * 4
     assert train_run(start=6) == []

@@ -1,0 +1,414 @@
+"""train.py as its users meet it: the command line, its files, its errors, and that it learns."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from boxteacher.checkpoint import load_checkpoint, save_checkpoint
+from boxteacher.config import parse
+from boxteacher.data import read_coco
+from boxteacher.evaluation import box_baselines, evaluate_coco
+from boxteacher.model import build_model
+from boxteacher.shapes import make_shapes_coco, make_shapes_image
+
+torch.set_num_threads(1)
+
+TRAIN = str(Path(__file__).parents[1] / "train.py")
+NETWORK = """--fpn-channels 64 --tower-convs 1 --mask-branch-channels 16 --mask-branch-convs 1
+    --device cpu --workers 0""".split()
+TINY = """--norm gn --mask-norm gn --shapes-size 64 --shapes-train 16 --shapes-val 3 --train-sizes 64
+    --train-max-size 64 --test-size 64 --test-max-size 64 --batch-size 4 --steps 2
+    --log-every 1""".split()
+TINY = ["shapes", *NETWORK, *TINY]
+FILES = {"config.json", "contact_sheet.png", "last.pt", "metrics.jsonl", "results.json"}
+
+
+@dataclasses.dataclass
+class Ended:
+    code: int
+    out: str
+    err: str
+
+
+def train(*words) -> Ended:
+    """`python train.py WORDS` in this process, which spares the imports."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    argv, sys.argv = sys.argv, [TRAIN, *map(str, words)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_path(TRAIN, run_name="__main__")
+    except SystemExit as stop:  # what the interpreter makes of it
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        err.write(f"{stop.code}\n" if isinstance(stop.code, str) else "")
+    finally:
+        sys.argv = argv
+    return Ended(code, out.getvalue(), err.getvalue())
+
+
+def start(*words, launcher=(), **options) -> subprocess.Popen:
+    """`python train.py WORDS` as a process of its own."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, TRAIN, *map(str, words)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=env, **pipes, **options)
+
+
+def metrics(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps_of(folder) -> dict[int, dict]:
+    """The last line of every step, less what depends on the machine."""
+    lines = [m for m in metrics(folder) if "evaluation" not in m]
+    return {m["step"]: {k: v for k, v in m.items() if k != "images_per_s"} for m in lines}
+
+
+def assert_close(state, expected, **tolerance):
+    assert state.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            state[name], value, msg=lambda m, n=name: f"{n}: {m}", **tolerance
+        )
+
+
+def assert_error(ended: Ended, *parts):
+    """One line on stderr, exit code 1."""
+    assert ended.code == 1, ended
+    lines = ended.err.splitlines()
+    assert lines[-1].startswith("error: "), ended.err
+    assert [line for line in lines[:-1] if not line.startswith("warning: ")] == [], ended.err
+    for part in parts:
+        assert str(part) in lines[-1]
+
+
+# --- one small run, looked at from all sides ------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def seeing_checkpoint(tmp_path_factory):
+    """{mode: a checkpoint for --init whose detector and masks say something in TINY's runs}."""
+    paths = {}
+    for mode in ("boxteacher", "condinst"):
+        torch.manual_seed(1)
+        model = build_model(parse([*TINY, "--mode", mode]), num_classes=6)
+        with torch.no_grad():
+            model.head.class_logits.bias.fill_(0.5)
+            model.head.distances.bias.fill_(1.5)
+            model.head.controller.weight.normal_(std=0.03)
+            model.head.controller.bias.normal_(std=0.4)[-1] = 0.5
+        paths[mode] = tmp_path_factory.mktemp("init") / f"{mode}.pt"
+        save_checkpoint(paths[mode], {"student": model.state_dict(), "teacher": None})
+    return paths
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, seeing_checkpoint):
+    folder = tmp_path_factory.mktemp("run") / "out"
+    init = ("--init", seeing_checkpoint["boxteacher"], "--iou-threshold", 0.2)
+    ended = train(*TINY, *init, "--eval-every", 1, "--out", folder)
+    assert ended.code == 0, ended.err
+    return ended, folder
+
+
+def test_a_run_leaves_its_files_and_says_where_they_are(finished):
+    ended, folder = finished
+    assert {path.name for path in folder.iterdir()} == FILES
+    last_lines = ended.out.splitlines()[-7:]
+    for name in FILES:
+        assert any(str(folder / name) in line for line in last_lines), name
+    assert "learned from boxes alone" in ended.out
+    assert "mask AP" in ended.out
+    assert json.loads((folder / "config.json").read_text())["steps"] == 2
+
+
+def test_metrics_are_json_lines_with_losses_and_the_flywheel(finished):
+    first, *rest = metrics(finished[1])
+    assert [("evaluation" in m, m["step"]) for m in rest] == [(True, 1), (False, 2), (True, 2)]
+    losses = {"class", "box", "centerness", "projection", "pairwise"}
+    losses |= {"pseudo_mask", "pseudo_affinity"}
+    figures = {"color_edge_share", "pseudo_masks", "mask_aware_score", "pseudo_mask_iou"}
+    assert losses | figures | {"step", "lr", "images_per_s", "loss"} <= first.keys()
+    assert first["loss"] == pytest.approx(sum(first[name] for name in losses), rel=1e-4)
+    assert first["pseudo_masks"] >= 1
+    assert 0 < first["mask_aware_score"] <= 1
+    assert 0 < first["pseudo_mask_iou"] < 1
+    assert 0 < first["color_edge_share"] < 1
+    assert rest[0]["evaluation"].keys() == {"bbox", "segm"}
+
+
+def test_the_checkpoint_holds_what_evaluation_and_prediction_need(finished):
+    checkpoint = load_checkpoint(finished[1] / "last.pt")
+    assert checkpoint["step"] == 2
+    assert checkpoint["class_names"] == ["star", "ring", "crescent", "cross", "triangle", "blob"]
+    assert len(checkpoint["category_ids"]) == 6
+    assert checkpoint["config"]["fpn_channels"] == 64
+    assert checkpoint["teacher"].keys() == checkpoint["student"].keys()
+    assert any(
+        not torch.equal(checkpoint["teacher"][name], value)
+        for name, value in checkpoint["student"].items()
+    )
+
+
+def test_the_contact_sheet_is_a_picture_of_four_columns(finished):
+    with Image.open(finished[1] / "contact_sheet.png") as sheet:
+        sheet.load()
+    assert sheet.width > 1000
+    assert sheet.height > 3 * 300  # one row for each of three images
+    tiles = np.array_split(np.asarray(sheet.convert("RGB")), 4, axis=1)
+    assert all(tile.std() > 20 for tile in tiles)
+
+
+def test_results_are_cocos(finished):
+    results = json.loads((finished[1] / "results.json").read_text())
+    assert {r["image_id"] for r in results} <= {1, 2, 3}
+    assert results[0].keys() == {"image_id", "category_id", "bbox", "score", "segmentation"}
+
+
+def test_a_folder_with_a_run_is_not_written_to(finished):
+    before = (finished[1] / "metrics.jsonl").read_bytes()
+    assert_error(train(*TINY, "--out", finished[1]), "already holds a run", "--resume")
+    assert (finished[1] / "metrics.jsonl").read_bytes() == before
+
+
+def test_without_out_the_next_free_name_is_taken(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/shapes").mkdir(parents=True)
+    (tmp_path / "runs/shapes/config.json").write_text("{}")
+    ended = train(*TINY, "--steps", 1, "--mode", "boxinst", "--batch-size", 1)
+    assert ended.code == 0, ended.err
+    assert {path.name for path in (tmp_path / "runs/shapes_2").iterdir()} == FILES
+    assert [path.name for path in (tmp_path / "runs/shapes").iterdir()] == ["config.json"]
+
+
+# --- several processes ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["boxteacher", "condinst"])
+def test_two_processes_do_what_one_does_with_the_same_global_batch(
+    mode, seeing_checkpoint, tmp_path
+):
+    """Group norm throughout, since batch norm's statistics are each rank's own. BoxInst's losses
+    are among BoxTeacher's.
+    """
+    words = [*TINY, "--mode", mode, "--init", seeing_checkpoint[mode], "--iou-threshold", "0.2"]
+    words += "--steps 3 --optimizer sgd --lr 0.02 --warmup-steps 0 --weak-warmup-steps 2".split()
+    launcher = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
+    two = start(*words, "--out", tmp_path / "two", launcher=launcher)
+    one = train(*words, "--out", tmp_path / "one")
+    out, err = two.communicate(timeout=300)
+    assert one.code == 0, one.err
+    assert two.returncode == 0, err
+    assert out.count("learned from") == 1  # rank 0 alone speaks and writes
+    assert {path.name for path in (tmp_path / "two").iterdir()} == FILES
+
+    expected, found = steps_of(tmp_path / "one"), steps_of(tmp_path / "two")
+    assert list(found) == list(expected) == [1, 2, 3]
+    names = ["class", "box", "centerness", "loss"]
+    if mode == "condinst":
+        names.append("mask")
+    else:
+        names += ["projection", "pairwise", "pseudo_mask", "pseudo_affinity"]
+        assert expected[1]["pseudo_masks"] >= 1
+    for step, line in expected.items():
+        for name in names:
+            assert found[step][name] == pytest.approx(line[name], rel=1e-3), (step, name)
+            assert line[name] > 0, (step, name)
+    first, second = (load_checkpoint(tmp_path / name / "last.pt") for name in ("one", "two"))
+    for who in ("student",) if mode == "condinst" else ("student", "teacher"):
+        assert_close(second[who], first[who], rtol=1e-3, atol=1e-5)
+
+
+# --- interruptions --------------------------------------------------------------------------------
+
+
+def test_a_run_killed_at_any_moment_goes_on_as_if_nothing_had_happened(tmp_path):
+    """Batch norm too: its running statistics are the checkpoint's as well."""
+    words = [*TINY, "--steps", 14, "--batch-size", 2, "--norm", "bn", "--mask-norm", "bn"]
+    words += ["--checkpoint-every", 1]
+    killed = start(*words, "--out", tmp_path / "killed")
+    whole = train(*words, "--out", tmp_path / "whole")
+    assert whole.code == 0, whole.err
+    log = tmp_path / "killed/metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while not (log.exists() and log.read_text().count("\n") >= 4) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    step = load_checkpoint(tmp_path / "killed/last.pt")["step"]
+    assert 3 <= step
+
+    resumed = train(*words, "--out", tmp_path / "killed", "--resume")
+    assert resumed.code == 0, resumed.err
+    assert {path.name for path in (tmp_path / "killed").iterdir()} == FILES
+    assert steps_of(tmp_path / "killed") == pytest.approx(steps_of(tmp_path / "whole"), rel=1e-4)
+    expected, found = (load_checkpoint(tmp_path / n / "last.pt") for n in ("whole", "killed"))
+    assert found["step"] == 14
+    for who in ("student", "teacher"):
+        assert_close(found[who], expected[who], rtol=1e-4, atol=1e-6)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_a_checkpoint(tmp_path):
+    words = [*TINY, "--steps", 9, "--lr", "1e30", "--warmup-steps", 0, "--out", tmp_path / "out"]
+    ended = train(*words)
+    assert_error(ended, "loss not finite", "class", "image ids [", "last.pt", "--lr")
+    assert 1 <= load_checkpoint(tmp_path / "out/last.pt")["step"] < 9
+
+
+def test_the_message_names_the_one_loss_that_is_not_finite(tmp_path, seeing_checkpoint):
+    checkpoint = load_checkpoint(seeing_checkpoint["condinst"])
+    checkpoint["student"]["head.centerness.bias"].fill_(float("nan"))
+    save_checkpoint(tmp_path / "poison.pt", checkpoint)
+    init = ("--init", tmp_path / "poison.pt", "--mode", "condinst")
+    ended = train(*TINY, *init, "--out", tmp_path / "out")
+    assert_error(ended, "step 0", "not finite: centerness for image ids [")
+    assert load_checkpoint(tmp_path / "out/last.pt")["step"] == 0
+
+
+# --- data of one's own ----------------------------------------------------------------------------
+
+
+def write_coco(folder: Path, name: str, seed: int, count: int, size: int, masks: bool) -> list[str]:
+    """Shapes as files in COCO's format, all of one class. Returns train.py's options for them."""
+    coco = make_shapes_coco(seed, count, size)
+    (folder / name).mkdir(parents=True)
+    for index, entry in enumerate(coco["images"]):
+        entry["file_name"] += ".png"
+        pixels = make_shapes_image(seed, index, size)[0]
+        Image.fromarray(pixels).save(folder / name / entry["file_name"])
+    for annotation in coco["annotations"]:
+        annotation["category_id"] = 7
+        if not masks:
+            del annotation["segmentation"]
+    coco["categories"] = [{"id": 7, "name": "Ding für alles"}]
+    (folder / f"{name}.json").write_text(json.dumps(coco))
+    return [f"--{name}-json", str(folder / f"{name}.json"), f"--{name}-images", str(folder / name)]
+
+
+def options_for(size: int) -> list[str]:
+    """A preset for files, with nothing of nuclei left in it."""
+    words = (
+        f"nuclei --train-scales= --test-scale 0 --crop 0 --max-detections 30 --train-sizes {size}"
+    )
+    words += f" --train-max-size {size} --test-size {size} --test-max-size {size}"
+    return [*words.split(), *NETWORK]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Twelve images with boxes alone, three of them grey, palette and 16 bit; the options."""
+    folder = tmp_path_factory.mktemp("files")
+    words = write_coco(folder, "train", 1, 12, 64, masks=False)
+    words += write_coco(folder, "val", 0, 2, 64, masks=False)
+    grey, palette, deep = sorted((folder / "train").iterdir())[:3]
+    with Image.open(grey) as image:
+        image.convert("L").save(grey)
+    with Image.open(palette) as image:
+        image.quantize(64).save(palette)
+    with Image.open(deep) as image:
+        Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257).save(deep)
+    return folder, words
+
+
+def test_boxes_alone_are_trained_on_and_evaluated_as_boxes(files, tmp_path):
+    words = [*options_for(64), *files[1], "--steps", 2, "--log-every", 1, "--batch-size", 6]
+    ended = train(*words, "--out", tmp_path / "out")
+    assert ended.code == 0, ended.err
+    lines = metrics(tmp_path / "out")
+    assert [m["step"] for m in lines] == [1, 2, 2]
+    assert lines[0]["pseudo_mask_iou"] is None
+    assert lines[-1]["evaluation"].keys() == {"bbox"}
+    assert "evaluation needs true masks" in ended.out
+    assert "box AP" in ended.out
+    assert "mask AP" not in ended.out
+    checkpoint = load_checkpoint(tmp_path / "out/last.pt")
+    assert (checkpoint["class_names"], checkpoint["category_ids"]) == (["Ding für alles"], [7])
+    with Image.open(tmp_path / "out/contact_sheet.png") as sheet:
+        sheet.load()
+
+
+def test_condinst_says_that_it_needs_masks(files, tmp_path):
+    words = [*options_for(64), *files[1], "--mode", "condinst", "--out", tmp_path / "out"]
+    assert_error(train(*words), files[0] / "train.json", "'segmentation'", "boxteacher")
+
+
+# --- errors, help ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["shape"], ["'shape'", "nearest is shapes", "--list"]),
+        (["shapes", "--batchsize", "4"], ["--batchsize", "nearest is --batch-size"]),
+        (["shapes", "--mode", "boxteachr"], ["mode", "'boxteachr'", "nearest is boxteacher"]),
+        (["shapes", "--lr", "fast"], ["lr", "number", "'fast'"]),
+        (["shapes", "--out", "nowhere", "--resume"], ["nowhere", "last.pt"]),
+        ([*TINY, "--out", "new", "--init", "missing.pt"], ["missing.pt", "no such checkpoint"]),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_in_one_line(words, parts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert_error(train(*words), *parts)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_said_in_one_line(tmp_path):
+    assert_error(train(*TINY, "--device", "cuda", "--out", tmp_path / "out"), "no GPU")
+
+
+def test_data_that_cannot_be_used_is_refused_in_one_line_and_leaves_no_run(files, tmp_path):
+    folder, good = files
+    coco = json.loads((folder / "train.json").read_text())
+    coco["annotations"][2]["bbox"][1] = float("nan")
+    (tmp_path / "nan.json").write_text(json.dumps(coco))
+    cases = [
+        (["--train-json", tmp_path / "none.json"], [tmp_path / "none.json"]),
+        (["--val-json", tmp_path / "none.json"], [tmp_path / "none.json"]),
+        (["--train-images", tmp_path / "none"], [tmp_path / "none", "image directory"]),
+        (
+            ["--train-json", tmp_path / "nan.json"],
+            [tmp_path / "nan.json", f"annotation id {coco['annotations'][2]['id']}", "'bbox'"],
+        ),
+    ]
+    for words, parts in cases:
+        out = tmp_path / "out"
+        ended = train(*options_for(64), *good, *words, "--out", out)
+        assert_error(ended, *parts)  # and with --out again: no run stands in the way
+
+
+def test_a_run_on_other_classes_is_not_resumed(finished, files, tmp_path):
+    words = [*options_for(64), *files[1], "--out", finished[1], "--resume"]
+    before = (finished[1] / "config.json").read_bytes()
+    assert_error(train(*words), finished[1] / "last.pt", "other classes")
+    assert (finished[1] / "config.json").read_bytes() == before
+
+
+def test_an_error_is_one_line_of_a_process_too():
+    process = start("shape")
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (1, "")
+    assert err.splitlines() == [err.rstrip("\n")]
+    assert err.startswith("error: no preset 'shape'")
+
+
+def test_help_and_list_print_and_end():
+    listed, helped = train("--list"), train("--help")
+    assert (listed.code, listed.err, helped.code, helped.err) == (0, "", 0, "")
+    for name in ("shapes", "nuclei", "coco_boxteacher_r50_1x"):
+        assert f"\n{name}: " in f"\n{listed.out}"
+    assert "--weak-warmup-steps" in helped.out
+
+
+# --- it learns ------------------------------------------------------------------------------------
