@@ -76,9 +76,9 @@ class State:
 
 
 def make_state(cfg: Config, num_classes: int, device: torch.device) -> State:
-    student = build_model(cfg, num_classes).to(device)
+    student = build_model(cfg, num_classes, not (cfg.init or cfg.resume)).to(device)
     if cfg.init:
-        load_initial_weights(student, cfg.init)
+        load_initial_weights(student, cfg)
     teacher = None
     if cfg.mode == "boxteacher" and cfg.teacher:
         teacher = make_teacher(student)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torchvision.models import swin_transformer
+from torchvision.models.resnet import BasicBlock
 from torchvision.ops import DeformConv2d, FeaturePyramidNetwork, FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
@@ -57,7 +58,10 @@ class ResNet(nn.Module):
         deformable: bool = False,
     ) -> None:
         super().__init__()
-        net = torchvision.models.get_model(name, weights=None, norm_layer=NORMS[norm])
+        if name == "resnet10":  # one block per stage, for small machines; torchvision has no name
+            net = torchvision.models.ResNet(BasicBlock, [1, 1, 1, 1], norm_layer=NORMS[norm])
+        else:
+            net = torchvision.models.get_model(name, weights=None, norm_layer=NORMS[norm])
         if state_dict is not None:
             load_backbone(net, state_dict, name, optional=("fc.",))
         self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)

@@ -196,21 +196,29 @@ def export_official(state: Mapping[str, Any]) -> dict[str, Tensor]:
     return weights
 
 
-def load_initial_weights(model: nn.Module, path: str | Path) -> None:
-    """What training starts from: a checkpoint's teacher if it has one, else its student; ours, or a
-    published one. All of it has to fit, the number of classes included."""
+def load_initial_weights(model: nn.Module, config: Config) -> None:
+    """What training starts from, `config.init`: a checkpoint's teacher if it has one, else its
+    student; ours, or a published one. All of it has to fit, the number of classes included, and the
+    variant of the backbone, which does not show in the shapes."""
+    path = config.init
     try:
         content = official.read_file(path)
         if content.get("format") == FORMAT:
-            weights = content["teacher"] or content["student"]
+            fields, weights = content["config"], content["teacher"] or content["student"]
         else:
-            networks = official.split_networks(content, str(path)).networks
-            theirs = networks.get("teacher") or networks["model"]
-            official.check_fit(theirs, model.state_dict(), str(path))
+            found = official.split_networks(content, path)
+            fields, _ = official.describe(found, path)
+            theirs = found.networks.get("teacher") or found.networks["model"]
+            official.check_fit(theirs, model.state_dict(), path)
             weights = {**model.state_dict(), **official.from_official(theirs)}
     except OfficialError as error:
         raise CheckpointError(str(error)) from None
-    load_weights(model, weights, str(path))
+    for field in ("stride_in_1x1", "pixel_format"):
+        wanted, given = fields.get(field, getattr(Config(), field)), getattr(config, field)
+        if wanted != given:
+            option = f"--{field.replace('_', '-')} {str(wanted).lower()}"
+            raise CheckpointError(f"{path}: made for {field}={wanted}, not {given}: add {option}")
+    load_weights(model, weights, path)
 
 
 def main(argv: Sequence[str]) -> None:

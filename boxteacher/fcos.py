@@ -1,9 +1,9 @@
-"""FCOS: a fully convolutional one-stage detector (arXiv 1904.01355), with CondInst's controller on
-its box tower.
+"""FCOS (arXiv 1904.01355), with CondInst's controller (2003.05664) on its box tower.
 
-N images · G boxes · K sampled mask locations · C classes · P locations over all levels · D
-detections Every location of strides 8, 16, 32, 64, 128 predicts C class logits, a box as distances
-(left, top, right, bottom) in units of its stride, and a centerness. Boxes are xyxy in pixels.
+N images · G boxes · K mask locations · C classes · P locations over all levels · D detections
+
+Every location of strides 8, 16, 32, 64, 128 predicts C class logits, a box as distances (left, top,
+right, bottom) in units of its stride, and a centerness. Boxes are xyxy in pixels.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
 STRIDES = (8, 16, 32, 64, 128)
-SIZE_RANGES = ((-1, 64), (64, 128), (128, 256), (256, 512), (512, math.inf))
+SIZE_RANGES = ((-1, 1), (1, 2), (2, 4), (4, 8), (8, math.inf))  # of the levels, in size units
 
 
 class Locations(NamedTuple):
@@ -25,14 +25,13 @@ class Locations(NamedTuple):
 
     xy: Tensor  # [P, 2] pixels
     strides: Tensor  # [P] pixels
-    size_ranges: Tensor  # [P, 2] pixels: the longest distances that a location is responsible for
+    size_ranges: Tensor  # [P, 2] pixels: the longest distances that a location answers for
+    sizes_of_interest: Tensor  # [P] pixels: the scale of relative coordinates in the mask head
     level_sizes: list[int]  # number of locations of each level
 
 
 class Predictions(NamedTuple):
-    """What the head says of every location; `box_features` are the box tower's maps, which the
-    controller reads.
-    """
+    """What the head says of every location, and the box tower's maps, for the controller."""
 
     class_logits: Tensor  # [N, P, C]
     distances: Tensor  # [N, P, 4] >= 0, stride units
@@ -141,8 +140,12 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def make_locations(features: Sequence[Tensor]) -> Locations:
-    """Cell (i, j) of stride s stands at x = s*j + s//2, y = s*i + s//2."""
+def make_locations(features: Sequence[Tensor], size_unit: float = 64) -> Locations:
+    """Cell (i, j) of stride s stands at x = s*j + s//2, y = s*i + s//2.
+
+    size_unit, pixels: P3 answers for distances up to one, P4 for one to two, P5 for two to four ...
+    64 suits photographs of 800 pixels; small images want less, or all falls to P3.
+    """
     device = features[0].device
     xy, strides, ranges, sizes = [], [], [], []
     for feature, stride, (low, high) in zip(features, STRIDES, SIZE_RANGES, strict=True):
@@ -154,9 +157,14 @@ def make_locations(features: Sequence[Tensor]) -> Locations:
         )
         sizes.append(height * width)
         strides.append(torch.full((sizes[-1],), float(stride), device=device))
-        low_high = [torch.full((sizes[-1],), float(v), device=device) for v in (low, high)]
+        low_high = [
+            torch.full((sizes[-1],), max(v * size_unit, -1.0), device=device) for v in (low, high)
+        ]
         ranges.append(torch.stack(low_high, dim=-1))
-    return Locations(torch.cat(xy), torch.cat(strides), torch.cat(ranges), sizes)
+    all_strides = torch.cat(strides)
+    return Locations(
+        torch.cat(xy), all_strides, torch.cat(ranges), all_strides * (size_unit / STRIDES[0]), sizes
+    )
 
 
 # --- training: targets and mask locations ---------------------------------------------------------

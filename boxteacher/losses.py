@@ -1,11 +1,9 @@
-"""Losses of FCOS, CondInst, BoxInst and BoxTeacher, unreduced: the caller sums and shows the
-normaliser.
+"""The losses, unreduced: the caller sums and shows the normaliser.
 
-N images · G boxes · K sampled instances · C classes · P locations · H, W the stride-4 grid · 8
-neighbours at dilation 2
+N images · K sampled instances · C classes · H, W the stride-4 grid · 8 neighbours at dilation 2
 
-Sources: focal loss arXiv 1708.02002, GIoU 1902.09630, FCOS 1904.01355, dice 1606.04797, BoxInst
-2012.02310, BoxTeacher 2210.05174.
+Sources: focal loss arXiv 1708.02002, GIoU 1902.09630, FCOS 1904.01355, dice 1606.04797,
+BoxInst 2012.02310, BoxTeacher 2210.05174.
 """
 
 from __future__ import annotations
@@ -59,8 +57,9 @@ def giou_loss(predicted: Tensor, target: Tensor) -> Tensor:
 
 
 def centerness_targets(distances: Tensor) -> Tensor:
-    """How central a location is in its box (FCOS, eq. 3): sqrt(min(l,r)/max(l,r) *
-    min(t,b)/max(t,b)).
+    """How central a location is in its box (FCOS, eq. 3).
+
+        ctr* = sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b))
 
     distances [..., 4] > 0. Returns [...] in (0, 1].
     """

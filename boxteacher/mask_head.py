@@ -1,5 +1,4 @@
-"""CondInst's masks (arXiv 2003.05664): shared features, and a tiny network of its own for every
-instance.
+"""CondInst's masks (arXiv 2003.05664): shared features, and a tiny network for each instance.
 
 N images · K instances · H, W the stride-8 grid of P3
 """

@@ -1,9 +1,7 @@
-"""CondInst with the losses of CondInst, BoxInst and BoxTeacher, and the teacher's pseudo-label
-step.
+"""CondInst with the losses of CondInst, BoxInst and BoxTeacher, and the teacher's step.
 
-N images · G boxes · K sampled instances · C classes · P locations · D detections · h, w image
-pixels Masks are learned on the stride-4 grid [H, W] of the padded image; names say which: `_s8`,
-`_s4`.
+N images · G boxes · K instances · C classes · P locations · D detections · h, w image pixels
+Masks are learned on the stride-4 grid [H, W] of the padded image; names say so: `_s8`, `_s4`.
 """
 
 from __future__ import annotations
@@ -85,6 +83,7 @@ class CondInst(nn.Module):
         color_threshold: float = 0.3,
         affinity_threshold: float = 0.5,
         max_mask_locations: int = 64,
+        size_unit: float = 64,
         detect_options: dict[str, float] | None = None,
         pixel_format: str = "rgb",
     ) -> None:
@@ -92,7 +91,7 @@ class CondInst(nn.Module):
         self.backbone, self.head, self.mask_branch = backbone, head, mask_branch
         self.mode, self.loss_weights = mode, loss_weights
         self.color_threshold, self.affinity_threshold = color_threshold, affinity_threshold
-        self.max_mask_locations = max_mask_locations
+        self.max_mask_locations, self.size_unit = max_mask_locations, size_unit
         self.detect_options = detect_options or {}
         self.is_bgr = pixel_format == "bgr"
         for name, values in zip(("pixel_mean", "pixel_std"), PIXELS[pixel_format], strict=True):
@@ -109,17 +108,14 @@ class CondInst(nn.Module):
 
     def encode(self, normalized: Tensor) -> Encoded:
         features = self.backbone(normalized)
-        locations = fcos.make_locations(features)
+        locations = fcos.make_locations(features, self.size_unit)
         return Encoded(self.head(features), locations, self.mask_branch(features[:3]))
 
     def mask_logits_s4(self, encoded: Encoded, index: Tensor) -> Tensor:
-        """Masks of chosen locations, upsampled from stride 8. index [N, K] into P. Returns [N, K,
-        H, W].
-        """
+        """Masks of chosen locations, index [N, K] into P. Returns [N, K, H, W]."""
         params = self.head.dynamic_params(encoded.predictions.box_features, index)
-        xy, strides = encoded.locations.xy[index], encoded.locations.strides[index]
-        # the size of interest of a level (64 .. 1024 px) is 8 times its stride
-        logits_s8 = dynamic_mask_logits(encoded.mask_features, params, xy, 8 * strides)
+        xy, scale = encoded.locations.xy[index], encoded.locations.sizes_of_interest[index]
+        logits_s8 = dynamic_mask_logits(encoded.mask_features, params, xy, scale)
         return aligned_upsample(logits_s8, 2)
 
     def forward(
@@ -213,8 +209,7 @@ class CondInst(nn.Module):
         sizes: Sequence[tuple[int, int]],
         output_sizes: Sequence[tuple[int, int]],
     ) -> list[Instances]:
-        """Boxes, scores, classes and masks of each image in pixels of its output size (height,
-        width).
+        """Each image's results in pixels of its output size (height, width).
 
         Empty boxes are dropped. In mode boxteacher the score is sqrt(c * mean probability of the
         mask's foreground), 0 for an empty mask; else c.
@@ -249,9 +244,7 @@ class CondInst(nn.Module):
         size: tuple[int, int],
         output_size: tuple[int, int],
     ) -> Tensor:
-        """Mask probabilities of one image's chosen locations index [D] at full resolution [D, h,
-        w].
-        """
+        """Mask probabilities [D, h, w] at full resolution of one image's locations index [D]."""
         predictions = encoded.predictions
         one = slice(image, image + 1)
         features = [f[one] for f in predictions.box_features]
@@ -276,9 +269,8 @@ class CondInst(nn.Module):
         score_threshold: float = 0.0,
         published: bool = False,
     ) -> PseudoMasks:
-        """The teacher's step (BoxTeacher): detect on the plain images, score the
-        masks, assign them to the ground-truth boxes. Called in train mode: the mask branch uses the
-        batch's statistics.
+        """The teacher's step (BoxTeacher): detect on the plain images, score the masks, assign
+        them to the boxes. Called in train mode: the mask branch uses the batch's statistics.
 
         Images are resized to `short_side` (at most `long_side`); short_side 0 keeps the student's
         size. Masks are made only for detections whose IoU with some box reaches the threshold: the
@@ -349,9 +341,7 @@ def detection_loss_sums(
 def fit_boxes(
     boxes: Tensor, size: tuple[int, int], output_size: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Boxes [D, 4] scaled from one image size (height, width) to another and clipped; and which are
-    not empty.
-    """
+    """Boxes [D, 4] scaled from one (height, width) to another and clipped; which are not empty."""
     scale_y, scale_x = output_size[0] / size[0], output_size[1] / size[1]
     boxes = boxes * boxes.new_tensor([scale_x, scale_y, scale_x, scale_y])
     boxes = clip_boxes_to_image(boxes, output_size)
@@ -410,6 +400,7 @@ def build_model(cfg: Config, num_classes: int, load_pretrained: bool = True) -> 
         color_threshold=cfg.color_threshold,
         affinity_threshold=cfg.affinity_threshold,
         max_mask_locations=cfg.max_mask_locations,
+        size_unit=cfg.size_unit,
         detect_options={
             "pre_nms_threshold": cfg.pre_nms_threshold,
             "pre_nms_top": cfg.pre_nms_top,

@@ -295,9 +295,9 @@ def caffe2_name(name: str) -> str:
 # --- files ----------------------------------------------------------------------------------------
 
 try:
-    from numpy._core import multiarray
+    from numpy._core import multiarray, numeric
 except ImportError:  # numpy 1
-    from numpy.core import multiarray
+    from numpy.core import multiarray, numeric
 
 # All that a file may call for: arrays, their types and scalars, ordered dicts, text to bytes
 ADMITTED = {
@@ -306,9 +306,10 @@ ADMITTED = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("_codecs", "encode"): lambda text, encoding: text.encode({"latin1": "latin1"}[encoding]),
 }
-for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-    ADMITTED[module, "_reconstruct"] = multiarray._reconstruct
-    ADMITTED[module, "scalar"] = multiarray.scalar
+for core in ("numpy.core", "numpy._core"):
+    ADMITTED[f"{core}.multiarray", "_reconstruct"] = multiarray._reconstruct
+    ADMITTED[f"{core}.multiarray", "scalar"] = multiarray.scalar
+    ADMITTED[f"{core}.numeric", "_frombuffer"] = numeric._frombuffer
 
 
 class RestrictedUnpickler(pickle.Unpickler):
@@ -338,13 +339,10 @@ def read_file(path: str | Path) -> dict[str, Any]:
     except OfficialError as error:
         raise OfficialError(f"{path}: not loaded: {error}") from None
     except Exception as error:  # a damaged file can fail in any way
-        reason = re.sub(r"\s+", " ", str(error)).partition(" This file can still be loaded")[0]
-        found = re.search(r"Unsupported global: GLOBAL (\S+)", reason)
-        reason = (
-            f"wants to load {found[1]}; only tensors and numpy arrays are admitted"
-            if found
-            else reason[:200]
-        )
+        found = re.search(r"GLOBAL (\S+)", str(error))  # how torch.load names what it refuses
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        if found:
+            reason = f"wants to load {found[1]}; only tensors and numpy arrays are admitted"
         raise OfficialError(f"{path}: not loaded: {reason}") from None
     if not isinstance(content, Mapping):
         raise OfficialError(f"{path}: holds a {type(content).__name__}, not a dict of weights")

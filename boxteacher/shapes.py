@@ -163,9 +163,15 @@ _GAMMA = np.where(_LINEAR <= 0.0031308, 12.92 * _LINEAR, 1.055 * _LINEAR ** (1 /
 _GAMMA = (_GAMMA * 255 + 0.5).astype(np.uint8)  # a table: powers are slow
 
 
-def _random_color(rng: np.random.Generator, chroma: tuple[float, float]) -> np.ndarray:
-    """A Lab colour [3] of medium lightness, any hue, and chroma in the given range."""
+def _random_color(
+    rng: np.random.Generator, chroma: tuple[float, float], label: int | None = None
+) -> np.ndarray:
+    """A Lab colour [3] of medium lightness, chroma in the given range, and any hue, or one of the
+    class's: a quarter of the circle, which overlaps those of other classes by half.
+    """
     hue = rng.uniform(0, 2 * np.pi)
+    if label is not None:
+        hue = 2 * np.pi * (label + rng.uniform(-0.75, 0.75)) / len(CLASS_NAMES)
     strength = rng.uniform(*chroma)
     return np.array(
         [rng.uniform(30, 85), strength * np.cos(hue), strength * np.sin(hue)], np.float32
@@ -173,12 +179,13 @@ def _random_color(rng: np.random.Generator, chroma: tuple[float, float]) -> np.n
 
 
 def _object_color(
-    around: np.ndarray, used: list[np.ndarray], rng: np.random.Generator
+    label: int, around: np.ndarray, used: list[np.ndarray], rng: np.random.Generator
 ) -> np.ndarray:
     """A Lab colour for an object whose surroundings have the colours `around` [K, 3].
 
-    Usually it keeps MIN_CONTRAST from nine tenths of its surroundings, sometimes with the colour of
-    another object; now and then it is any colour. Colour edges are a strong hint, not the answer.
+    Usually it is one of its class's hues and keeps MIN_CONTRAST from nine tenths of its
+    surroundings, sometimes it has the colour of another object; now and then it is any colour. As
+    with fruit and cars, colour hints at the class, and its edges at the mask; neither decides.
     """
     luck = rng.uniform()
     if luck < 0.08:
@@ -186,7 +193,7 @@ def _object_color(
     candidates = []
     if luck < 0.25 and used:
         candidates.append(used[rng.integers(len(used))])
-    candidates += [_random_color(rng, (20, 65)) for _ in range(6)]
+    candidates += [_random_color(rng, (20, 65), label) for _ in range(6)]
     if len(around) == 0:  # the visible patch is covered entirely
         return candidates[0]
     distances = np.linalg.norm(around[None] - np.stack(candidates)[:, None], axis=-1)
@@ -276,10 +283,10 @@ def make_shapes_image(
     unit = size / 128
     lab = _background(size, unit, rng)
     used: list[np.ndarray] = []
-    for (rows, columns), opacity in patches:
+    for label, ((rows, columns), opacity) in zip(labels.tolist(), patches, strict=True):
         below = lab[rows, columns]
         around = below[opacity < 0.5][::7]
-        color = _object_color(around, used, rng)
+        color = _object_color(label, around, used, rng)
         used.append(color)
         below += opacity[..., None] * (_fill(color, *opacity.shape, unit, rng) - below)
     lab[..., 0] += rng.standard_normal((size, size), np.float32) * 1.5  # camera noise

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "boxteacher"
 
 # Every file of the package: tier, third-party packages, siblings. "torchvision.ops" admits only it.
 TIER_0 = {"losses", "pseudo_labels", "mask_head", "ema"}
-TIER_1 = {"backbone", "fcos", "shapes", "data", "distributed", "config"}
+TIER_1 = {"backbone", "fcos", "shapes", "data", "distributed", "config", "official"}
 MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "__init__": (set(), set()),
     **{name: ({"torch"}, set()) for name in TIER_0},
@@ -30,7 +30,8 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "model": ({"torch", "torchvision"}, TIER_0 | TIER_1),
     "evaluation": ({"torch", "numpy", "pycocotools", "tqdm"}, {"data", "distributed"}),
     "datasets": ({"numpy", "PIL"}, {"config", "data", "shapes"}),
-    "checkpoint": ({"torch", "numpy"}, set()),
+    "official": ({"torch", "numpy"}, set()),
+    "checkpoint": ({"torch"}, {"config", "official", "model"}),  # model: its program only
     "visualize": ({"torch", "numpy", "PIL"}, set()),
     "reporting": ({"torch", "tqdm", "PIL"}, {"data", "distributed", "model", "visualize"}),
 }

@@ -1,0 +1,1 @@
+"""Programs around the method: `python -m boxteacher.tools.NAME`."""

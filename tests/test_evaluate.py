@@ -1,0 +1,163 @@
+"""evaluate.py, from files to tables: published checkpoints and our own."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from golden.compare import load
+from golden.synthetic import inference_image, synthetic_model
+from PIL import Image
+from pycocotools import mask as rle_codec
+
+import evaluate
+import train
+from boxteacher.backbone import WeightsError
+from boxteacher.checkpoint import CheckpointError, save_checkpoint
+from boxteacher.config import ConfigError, parse
+from boxteacher.data import DataError
+from boxteacher.datasets import make_val_set
+from boxteacher.model import build_model
+from boxteacher.official import COCO_CLASSES, to_official
+
+
+def run(monkeypatch, capsys, *argv) -> str:
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, argv)])
+    evaluate.main()
+    return capsys.readouterr().out
+
+
+# --- published checkpoints ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The golden values' image as a data set of COCO's classes, and published weights."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    image = inference_image()
+    height, width = image.shape[:2]
+    (folder / "images").mkdir()
+    Image.fromarray(image).save(folder / "images" / "a.png")
+    annotation = {"id": 1, "image_id": 5, "category_id": 1, "bbox": [10, 10, 40, 40]}
+    coco = {
+        "images": [{"id": 5, "file_name": "a.png", "height": height, "width": width}],
+        "categories": [{"id": i, "name": name} for i, name in COCO_CLASSES.items()],
+        "annotations": [annotation | {"segmentation": [[10, 10, 50, 10, 50, 50]]}],
+    }
+    (folder / "val.json").write_text(json.dumps(coco))
+    weights = {}
+    for network in ("teacher", "student"):
+        state = to_official(synthetic_model("boxteacher", "r50", network).state_dict())
+        weights |= {f"{network}.{name}": value for name, value in state.items()}
+    torch.save({"model": weights}, folder / "boxteacher.pth")
+    return folder
+
+
+def data_options(folder) -> list:
+    files = ["--val-json", folder / "val.json", "--val-images", folder / "images"]
+    return [*files, "--test-size=317", "--test-max-size=411", "--workers=0", "--device=cpu"]
+
+
+@pytest.mark.parametrize("network", ["teacher", "student"])
+def test_a_published_checkpoint_gives_the_published_output(folder, monkeypatch, capsys, network):
+    argv = ["--official", folder / "boxteacher.pth", "--preset", "coco_boxteacher_r50_1x"]
+    argv += ["--student"] * (network == "student")
+    out = run(monkeypatch, capsys, *argv, *data_options(folder))
+    path = folder / f"boxteacher_{network}_results.json"
+    assert str(path) in out
+    assert "mask" in out
+    assert "traffic light" in out
+    golden = load("infer_r50", "compact")
+    results = sorted(json.loads(path.read_text()), key=lambda result: -result["score"])
+    order = np.argsort(-golden[f"{network}/scores"], kind="stable")
+    scores = [result["score"] for result in results]
+    np.testing.assert_allclose(scores, golden[f"{network}/scores"][order], atol=2e-5)
+    ids = np.array(list(COCO_CLASSES))
+    found = sorted((r["category_id"], round(r["bbox"][0])) for r in results)
+    x = golden[f"{network}/boxes"][:, 0].round().astype(int).tolist()
+    assert found == sorted(zip(ids[golden[f"{network}/classes"]].tolist(), x, strict=True))
+    area = sorted(int(rle_codec.area(result["segmentation"])) for result in results)
+    np.testing.assert_allclose(area, sorted(golden[f"{network}/mask_area"]), atol=20)
+
+
+def test_training_starts_from_a_published_checkpoint(folder):
+    argv = ["coco_boxteacher_r50_1x", "--stride-in-1x1", "--pixel-format=bgr"]
+    cfg = parse([*argv, "--init", str(folder / "boxteacher.pth")])  # and no download
+    state = train.make_state(cfg, 80, torch.device("cpu"))
+    wanted = torch.load(folder / "boxteacher.pth")["model"]["teacher.controller.bias"]
+    assert torch.equal(state.student.head.controller.bias, wanted)
+    assert torch.equal(state.teacher.head.controller.bias, wanted)
+    with pytest.raises(CheckpointError, match=r"cls_logits.bias \[80\] for \[3\]"):
+        train.make_state(cfg, 3, torch.device("cpu"))
+
+
+def test_other_classes_are_refused(folder, monkeypatch, capsys):
+    coco = json.loads((folder / "val.json").read_text())
+    coco["categories"].pop()
+    (folder / "fewer.json").write_text(json.dumps(coco))
+    options = [*data_options(folder), "--val-json", folder / "fewer.json"]
+    with pytest.raises(DataError, match=r"has other classes than .* knows person, bicycle"):
+        run(monkeypatch, capsys, "--official", folder / "boxteacher.pth", *options)
+
+
+# --- our own --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def last(tmp_path_factory):
+    argv = ["shapes", "--shapes-val=3", "--fpn-channels=64", "--device=cpu", "--workers=0"]
+    cfg = parse([*argv, "--pre-nms-threshold=0"])
+    val_set = make_val_set(cfg)
+    torch.manual_seed(0)
+    model = build_model(cfg, len(val_set.class_names))
+    state = {
+        "config": dataclasses.asdict(cfg),
+        "class_names": val_set.class_names,
+        "category_ids": val_set.category_ids,
+        "step": 7,
+        "student": model.state_dict(),
+        "teacher": {name: value * 1 for name, value in model.state_dict().items()},
+        "optimizer": None,
+    }
+    path = tmp_path_factory.mktemp("run") / "last.pt"
+    save_checkpoint(path, state)
+    return path
+
+
+def test_our_checkpoint(last, monkeypatch, capsys, tmp_path):
+    out = run(monkeypatch, capsys, "--checkpoint", last, "--max-detections=5")
+    assert f"{last}: teacher, step 7" in out
+    results = json.loads((last.parent / "last_teacher_results.json").read_text())
+    assert results
+    assert {result["image_id"] for result in results} <= {1, 2, 3}
+    run(monkeypatch, capsys, f"--checkpoint={last}", "--student", "--out", tmp_path / "new")
+    assert (tmp_path / "new" / "last_student_results.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("argv", "error", "words"),
+    [
+        (["--student"], ConfigError, "give either --checkpoint FILE or --official FILE"),
+        (["--checkpoint"], ConfigError, "give either"),
+        (["--checkpoint", "a.pt", "--official", "b.pth"], ConfigError, "give either"),
+        (["--checkpoint", "none.pt"], CheckpointError, "none.pt"),
+        (["--official", "none.pth"], CheckpointError, "none.pth: no such file"),
+        (["--checkpoint", "LAST", "--preset", "shapes"], ConfigError, "has its own"),
+        (["--checkpoint", "LAST", "--val-json", "a.json"], ConfigError, "add --dataset coco"),
+        (["--checkpoint", "LAST", "--backbone", "resnet34"], CheckpointError, "missing"),
+        (["--checkpoint", "LAST", "--sizes", "1"], ConfigError, "no option --sizes"),
+    ],
+)
+def test_errors_are_one_line(last, monkeypatch, capsys, argv, error, words):
+    argv = [str(last) if word == "LAST" else word for word in argv]
+    with pytest.raises(error, match=words) as caught:
+        run(monkeypatch, capsys, *argv)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_backbone_file_that_is_no_such_thing(tmp_path):
+    (tmp_path / "R-50.pkl").write_bytes(b"nothing")
+    cfg = parse(["coco_boxteacher_r50_1x", "--backbone-weights", str(tmp_path / "R-50.pkl")])
+    with pytest.raises(WeightsError, match=r"R-50.pkl"):
+        build_model(cfg, 80)
