@@ -204,7 +204,7 @@ def load_initial_weights(model: nn.Module, config: Config) -> None:
     try:
         content = official.read_file(path)
         if content.get("format") == FORMAT:
-            fields, weights = content["config"], content["teacher"] or content["student"]
+            fields, weights = content.get("config", {}), content["teacher"] or content["student"]
         else:
             found = official.split_networks(content, path)
             fields, _ = official.describe(found, path)
@@ -214,7 +214,8 @@ def load_initial_weights(model: nn.Module, config: Config) -> None:
     except OfficialError as error:
         raise CheckpointError(str(error)) from None
     for field in ("stride_in_1x1", "pixel_format"):
-        wanted, given = fields.get(field, getattr(Config(), field)), getattr(config, field)
+        given = getattr(config, field)
+        wanted = fields.get(field, given)
         if wanted != given:
             option = f"--{field.replace('_', '-')} {str(wanted).lower()}"
             raise CheckpointError(f"{path}: made for {field}={wanted}, not {given}: add {option}")

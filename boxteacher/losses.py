@@ -201,17 +201,13 @@ def rgb_to_lab(rgb: Tensor) -> Tensor:
     [N, 3, H, W].
     """
     rgb = rgb / 255
-    linear = torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
-    to_xyz = linear.new_tensor(
-        [
-            [0.412453, 0.357580, 0.180423],
-            [0.212671, 0.715160, 0.072169],
-            [0.019334, 0.119193, 0.950227],
-        ]
-    )
-    white = linear.new_tensor([0.95047, 1.0, 1.08883])[:, None, None]
-    # not a matrix product: autocast would round that to bfloat16, and TF32 to 10 bits
-    xyz = (to_xyz[..., None, None] * linear[:, None]).sum(2) / white
+    r, g, b = torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92).unbind(1)
+    # not a matrix product: autocast would round that to bfloat16, and TF32 to 10 bits; and its
+    # matrix would be copied to the GPU, which waits for it
+    x = (0.412453 * r + 0.357580 * g + 0.180423 * b) / 0.95047
+    y = 0.212671 * r + 0.715160 * g + 0.072169 * b
+    z = (0.019334 * r + 0.119193 * g + 0.950227 * b) / 1.08883
+    xyz = torch.stack((x, y, z), dim=1)
     f = torch.where(xyz > 0.008856, xyz.clamp(min=0.008856) ** (1 / 3), 7.787 * xyz + 16 / 116)
     x, y, z = f.unbind(1)
     return torch.stack((116 * y - 16, 500 * (x - y), 200 * (y - z)), dim=1)

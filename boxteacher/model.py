@@ -193,13 +193,11 @@ class CondInst(nn.Module):
                 sums[name], norms[name] = weak_factor * total(trust * loss), num_trusted
 
         means = reduce_mean(torch.stack([n.to(logits.dtype) for n in norms.values()]))
-        # at least 1, but for the boxes' sum of centernesses, which may well be less
-        floors = means.new_tensor([1e-6 if name == "box" else 1.0 for name in norms])
-        normalizers = torch.maximum(means, floors).unbind()
-        weighted = {
-            name: self.loss_weights[name] * sums[name] / normalizer
-            for name, normalizer in zip(norms, normalizers, strict=True)
-        }
+        weighted = {}
+        for name, mean in zip(norms, means.unbind(), strict=True):
+            # at least 1, but for the boxes' sum of centernesses, which may well be less
+            normalizer = mean.clamp(min=1e-6 if name == "box" else 1.0)
+            weighted[name] = self.loss_weights[name] * sums[name] / normalizer
         return weighted, figures
 
     @torch.no_grad()
