@@ -25,6 +25,11 @@ from boxteacher.datasets import make_val_set
 from boxteacher.evaluation import EvaluationError, evaluate_dataset
 from boxteacher.model import build_model
 
+USER_ERRORS = (
+    *(ConfigError, DataError, WeightsError, CheckpointError, EvaluationError),
+    distributed.DeviceError,
+)
+
 
 def read_arguments(argv: list[str]) -> tuple[Path, bool, bool, dict[str, Any]]:
     """The file, whether it is a published one, whether the student is meant, and fields."""
@@ -88,7 +93,7 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ConfigError, DataError, WeightsError, CheckpointError, EvaluationError) as error:
+    except USER_ERRORS as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted")

@@ -40,6 +40,12 @@ class DivergedError(RuntimeError):
     """A loss is not a finite number; the message names the losses and the images."""
 
 
+USER_ERRORS = (
+    *(ConfigError, DataError, WeightsError, CheckpointError, distributed.DeviceError),
+    DivergedError,
+)
+
+
 # --- schedules: functions of the step -------------------------------------------------------------
 
 
@@ -243,9 +249,7 @@ def speed_up(cfg: Config, state: State, device: torch.device) -> nn.Module:
 def stop_if_not_finite(
     losses: dict[str, Tensor], batch: Batch, cfg: Config, out: Path, state: State, data: CocoDataset
 ) -> None:
-    """All ranks stop together, before the bad step changes any weight, and rank 0 saves what there
-    is.
-    """
+    """All ranks stop together, before the step changes a weight, and rank 0 saves what there is."""
     local = torch.stack(list(losses.values())).detach()
     if distributed.reduce_mean(local).isfinite().all():
         return
@@ -299,20 +303,19 @@ def make_run_folder(cfg: Config) -> Path:
 
 def last_words(cfg: Config, out: Path, tables: dict[str, Any], minutes: float) -> str:
     """Where everything is and what the numbers mean."""
-    table = tables.get("segm") or tables["bbox"]
-    kind = "mask" if "segm" in tables else "box"
-    learned = {"condinst": "boxes and masks", "boxinst": "boxes alone", "boxteacher": "boxes alone"}
+    kind, table = ("mask", tables["segm"]) if "segm" in tables else ("box", tables["bbox"])
+    ap, ap50 = (f"{table[k]:.1f}" if table[k] is not None else "-" for k in ("AP", "AP50"))
+    source = "boxes and masks" if cfg.mode == "condinst" else "boxes alone"
     who = "teacher" if cfg.mode == "boxteacher" and cfg.teacher else "model"
-    return (
-        f"\n{cfg.mode} learned from {learned[cfg.mode]} in {minutes:.1f} min: {kind} AP {table['AP']:.1f}, "
-        f"AP50 {table['AP50']:.1f} on held-out images.\n"
-        f"AP is the mean precision over recall, over {kind} IoU thresholds 0.50 to 0.95 (AP50: at 0.50), 0..100; "
-        "higher is better.\n"
-        f"  {out / 'contact_sheet.png'}  boxes, pseudo masks, predictions, truth\n"
-        f"  {out / 'last.pt'}            weights: python evaluate.py --checkpoint {out / 'last.pt'}\n"
-        f"  {out / 'results.json'}       the {who}'s predictions, COCO format\n"
-        f"  {out / 'metrics.jsonl'}      losses and figures over time;  {out / 'config.json'}  the configuration"
-    )
+    return f"""
+{cfg.mode} learned from {source} in {minutes:.1f} min: {kind} AP {ap}, AP50 {ap50} on images it has
+not seen. AP, 0 to 100, is the mean precision over recalls, classes and {kind} IoU thresholds from
+0.50 to 0.95; AP50 asks for an IoU of 0.50 only.
+  {out / "contact_sheet.png"}: boxes, pseudo masks, predictions, truth
+  {out / "last.pt"}: weights; tables again: python evaluate.py --checkpoint {out / "last.pt"}
+  {out / "results.json"}: the {who}'s predictions in COCO's format
+  {out / "metrics.jsonl"}: losses and figures over time
+  {out / "config.json"}: the whole configuration"""
 
 
 def main() -> None:
@@ -320,9 +323,8 @@ def main() -> None:
     cfg = parse(sys.argv[1:])
     device = distributed.init_distributed(cfg.device)
     if cfg.batch_size % distributed.world_size():
-        raise ConfigError(
-            f"batch_size {cfg.batch_size} cannot be shared by {distributed.world_size()} processes evenly"
-        )
+        processes = distributed.world_size()
+        raise ConfigError(f"batch_size {cfg.batch_size} does not divide by {processes} processes")
     out = make_run_folder(cfg)
     distributed.barrier()  # all ranks have chosen before rank 0 creates it
     if distributed.is_main():
@@ -339,7 +341,7 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ConfigError, DataError, WeightsError, CheckpointError, DivergedError) as error:
+    except USER_ERRORS as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted")

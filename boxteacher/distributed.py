@@ -18,10 +18,14 @@ from torch import Tensor
 TIMEOUT = timedelta(minutes=30)
 
 
+class DeviceError(ValueError):
+    """A device that this process cannot have; the message is one line for the user."""
+
+
 def init_distributed(device: Literal["auto", "cuda", "cpu"] = "auto") -> torch.device:
     """Join the group that torchrun describes in RANK, WORLD_SIZE and LOCAL_RANK, if it does.
 
-    Returns this process's device; "auto" is a GPU where there is one. Raises ValueError when there
+    Returns this process's device; "auto" is a GPU where there is one. Raises DeviceError when there
     is no GPU to give to this process.
     """
     if device == "auto":
@@ -30,9 +34,9 @@ def init_distributed(device: Literal["auto", "cuda", "cpu"] = "auto") -> torch.d
     if device == "cuda":
         gpus = torch.cuda.device_count()
         if gpus == 0:
-            raise ValueError("device=cuda, but PyTorch sees no GPU here: use --device cpu")
+            raise DeviceError("device=cuda, but PyTorch sees no GPU here: use --device cpu")
         if local_rank >= gpus:
-            raise ValueError(
+            raise DeviceError(
                 f"process {local_rank} of this machine has no GPU, there are {gpus}:"
                 f" use torchrun --nproc_per_node={gpus}"
             )

@@ -328,7 +328,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
     """The dict in a .pkl (pickled numpy arrays) or a .pth (tensors, and perhaps numpy arrays)."""
     path = Path(path)
     if not path.is_file():
-        raise OfficialError(f"{path}: no such file")
+        raise OfficialError(f"{path}: no such checkpoint file")
     try:
         if path.suffix == ".pkl":
             with open(path, "rb") as file:

@@ -215,7 +215,7 @@ def _fill(color: np.ndarray, h: int, w: int, unit: float, rng: np.random.Generat
     angle = rng.uniform(0, 2 * np.pi)
     cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
     u, v = x * cos + y * sin, y * cos - x * sin
-    k = np.float32(2 * np.pi / (unit * rng.uniform(3.5, 9)))
+    k = np.float32(2 * np.pi / (unit * rng.uniform(3, 6)))
     kind = rng.choice(["plain", "stripes", "dots", "checks", "noise"])
     if kind == "stripes":
         pattern = np.tanh(2.5 * np.sin(k * u))
@@ -224,10 +224,10 @@ def _fill(color: np.ndarray, h: int, w: int, unit: float, rng: np.random.Generat
     elif kind == "checks":
         pattern = np.tanh(3 * np.sin(k * u) * np.sin(k * v))
     elif kind == "noise":
-        pattern = _smooth_noise(rng, h, w, unit * rng.uniform(1.5, 4))
+        pattern = _smooth_noise(rng, h, w, unit * rng.uniform(1, 2.5))
     else:
         pattern = np.zeros((h, w), np.float32)
-    contrast = rng.uniform(2, 9)
+    contrast = rng.uniform(2, 8)
     tone = contrast * np.array([1, *rng.uniform(-0.6, 0.6, 2)], np.float32)
     shade = v * np.float32(2 * rng.uniform(1, 9) / max(h, w))
     surface = color + pattern[..., None] * tone
@@ -238,7 +238,7 @@ def _fill(color: np.ndarray, h: int, w: int, unit: float, rng: np.random.Generat
 def _background(size: int, unit: float, rng: np.random.Generator) -> np.ndarray:
     """A textured surface with drifting colour and unlabelled lines and specks; Lab [S, S, 3]."""
     lab = _fill(_random_color(rng, (0, 30)), size, size, unit, rng)
-    drift = rng.normal(0, 5, 3).astype(np.float32)
+    drift = rng.normal(0, 3, 3).astype(np.float32)
     lab += _smooth_noise(rng, size, size, size / 3)[..., None] * drift
     for _ in range(rng.integers(1, 4)):  # each round: one colour
         canvas = Image.new("L", (2 * size, 2 * size))

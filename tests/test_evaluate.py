@@ -142,7 +142,7 @@ def test_our_checkpoint(last, monkeypatch, capsys, tmp_path):
         (["--checkpoint"], ConfigError, "give either"),
         (["--checkpoint", "a.pt", "--official", "b.pth"], ConfigError, "give either"),
         (["--checkpoint", "none.pt"], CheckpointError, "none.pt"),
-        (["--official", "none.pth"], CheckpointError, "none.pth: no such file"),
+        (["--official", "none.pth"], CheckpointError, "none.pth: no such checkpoint file"),
         (["--checkpoint", "LAST", "--preset", "shapes"], ConfigError, "has its own"),
         (["--checkpoint", "LAST", "--val-json", "a.json"], ConfigError, "add --dataset coco"),
         (["--checkpoint", "LAST", "--backbone", "resnet34"], CheckpointError, "missing"),

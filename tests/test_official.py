@@ -174,7 +174,7 @@ def test_program_converts_both_ways(condinst_file, tmp_path, capsys):
     assert "choose another preset" in refusal(checkpoint.main, argv)
     command = [sys.executable, "-m", "boxteacher.checkpoint", "none.pth", "out.pt"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.stderr == "error: none.pth: no such file\n"
+    assert done.stderr == "error: none.pth: no such checkpoint file\n"
     assert done.returncode == 1
 
 
@@ -216,7 +216,7 @@ def test_other_files_are_refused(tmp_path, condinst_file):
         return tmp_path / name
 
     refused = [
-        (tmp_path / "none.pth", "no such file"),
+        (tmp_path / "none.pth", "no such checkpoint file"),
         (made([1, 2], "list.pth"), "holds a list"),
         (made({"model": {"a": "text"}}, "text.pth"), "a is a str, not a tensor"),
         (made(torchvision.models.resnet18().state_dict(), "r18.pth"), "no BoxTeacher, BoxInst"),
