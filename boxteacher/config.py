@@ -177,7 +177,6 @@ PRESETS: dict[str, Preset] = {
             train_max_size=128,
             test_size=128,
             test_max_size=128,
-            max_mask_locations=32,
         ),
         "here: not run",
     ),
