@@ -31,7 +31,7 @@ from boxteacher.config import Config, ConfigError, parse, to_json, warnings
 from boxteacher.data import Batch, CocoDataset, DataError, augment, make_train_loader
 from boxteacher.datasets import make_train_set, make_val_set
 from boxteacher.ema import ema_momentum, update_teacher
-from boxteacher.evaluation import evaluate_dataset
+from boxteacher.evaluation import NoMasksError, evaluate_dataset, require_masks
 from boxteacher.model import CondInst, build_model, make_teacher
 from boxteacher.reporting import RunLog, make_contact_sheet, pseudo_mask_figures
 
@@ -144,9 +144,10 @@ def restore(path: Path, state: State, train_set: CocoDataset) -> None:
 # --- the method -----------------------------------------------------------------------------------
 
 
-def train(cfg: Config, out: Path, device: torch.device) -> dict[str, Any]:
+def train(
+    cfg: Config, out: Path, device: torch.device, train_set: CocoDataset, val_set: CocoDataset
+) -> dict[str, Any]:
     """The training loop. Returns the last evaluation's tables (on rank 0)."""
-    train_set, val_set = make_train_set(cfg), make_val_set(cfg)
     torch.manual_seed(cfg.seed)
     state = make_state(cfg, len(train_set.class_names), device)
     if cfg.resume:
@@ -326,13 +327,19 @@ def main() -> None:
         processes = distributed.world_size()
         raise ConfigError(f"batch_size {cfg.batch_size} does not divide by {processes} processes")
     out = make_run_folder(cfg)
-    distributed.barrier()  # all ranks have chosen before rank 0 creates it
+    train_set, val_set = make_train_set(cfg), make_val_set(cfg)  # nothing is written if they fail
+    distributed.barrier()  # all ranks have chosen a folder before rank 0 creates it
     if distributed.is_main():
-        for line in warnings(cfg):
-            print(f"warning: {line}", file=sys.stderr)
+        notes = warnings(cfg)
+        try:
+            require_masks(val_set.coco, val_set.name)
+        except NoMasksError as error:
+            notes.append(str(error))
+        for note in notes:
+            print(f"warning: {note}", file=sys.stderr)
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(to_json(cfg))
-    tables = train(cfg, out, device)
+    tables = train(cfg, out, device, train_set, val_set)
     if distributed.is_main():
         print(last_words(cfg, out, tables, (time.perf_counter() - started) / 60))
     distributed.shutdown()

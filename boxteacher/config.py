@@ -164,6 +164,7 @@ _SMALL: dict[str, Any] = dict(  # a recipe for two CPU cores, from scratch
     warmup_steps=50,
     weak_warmup_steps=100,
     ema_momentum=0.99,  # 0.999 would average over most of so short a run
+    student_augmentation="weak",  # as published, strong colours pay in long runs only
     teacher_size=0,
     checkpoint_every=500,
 )
