@@ -110,10 +110,11 @@ def make_contact_sheet(
     model: CondInst, dataset: CocoDataset, device: torch.device, rows: int = 6
 ) -> Image.Image:
     """The first images with objects in four columns: boxes; the pseudo masks that the model makes
-    of these boxes (opacity = mask-aware score); its predictions over score 0.3; the true masks,
-    where there are any.
+    of these boxes (opacity = mask-aware score); its sure predictions; the true masks, where
+    there are any.
     """
     titles = ["image and boxes", "pseudo masks", "predictions", "truth"]
+    sure_score = 0.65 if model.mode == "boxteacher" else 0.5  # rescored by masks, scores are higher
     was_training = model.training
     model.eval()
     pictures = []
@@ -131,7 +132,7 @@ def make_contact_sheet(
             continue
         pseudo = model.make_pseudo_masks(batch, short_side=0)
         found = model.predict(batch.images, batch.sizes, batch.sizes)[0]
-        sure = found.scores > 0.3
+        sure = found.scores > sure_score
         crop = (slice(None), slice(0, -(-height // 4)), slice(0, -(-width // 4)))
         truth = batch.masks[0, valid][crop] if batch.masks is not None else None
 

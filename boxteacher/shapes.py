@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw
 
 CLASS_NAMES = ("star", "ring", "crescent", "cross", "triangle", "blob")
 
-SIDES = (0.13, 0.78)  # longer side of an object's box as a share of S, log-uniform: a 1:6 range
+SIDES = (0.16, 0.96)  # longer side of an object's box as a share of S, log-uniform: a 1:6 range
 OBJECTS = (2, 6)  # objects tried per image; one that finds no room is left out
 MIN_VISIBLE = 0.4  # share of every object that stays visible in the end
 MIN_INSIDE = 0.75  # share of every object that lies inside the image
@@ -48,20 +48,20 @@ def _outlines(name: str, rng: np.random.Generator) -> list[np.ndarray]:
     turn = np.linspace(0, 2 * np.pi, 64, endpoint=False)
     if name == "star":
         spikes = int(rng.integers(5, 7))
-        radius = np.where(np.arange(2 * spikes) % 2, rng.uniform(0.45, 0.56), 1.0)
+        radius = np.where(np.arange(2 * spikes) % 2, rng.uniform(0.5, 0.6), 1.0)
         return [_polar(radius, np.arange(2 * spikes) * np.pi / spikes)]
     if name == "ring":
-        return [_polar(1.0, turn), _polar(rng.uniform(0.45, 0.6), turn)]
+        return [_polar(1.0, turn), _polar(rng.uniform(0.38, 0.52), turn)]
     if name == "crescent":
         # The unit disc minus a disc of radius r at (d, 0); the circles meet at the tips.
-        r, d = rng.uniform(0.7, 0.85), rng.uniform(0.5, 0.6)
+        r, d = rng.uniform(0.65, 0.78), rng.uniform(0.55, 0.65)
         tip = np.arccos((1 + d * d - r * r) / (2 * d))
         inner_tip = np.pi - np.arccos(np.clip((r * r + d * d - 1) / (2 * r * d), -1, 1))
         outer = _polar(1.0, np.linspace(tip, 2 * np.pi - tip, 48))
         inner = _polar(r, np.linspace(2 * np.pi - inner_tip, inner_tip, 48)) + np.array([d, 0])
         return [np.concatenate([outer, inner])]
     if name == "cross":
-        w = rng.uniform(0.25, 0.36)
+        w = rng.uniform(0.3, 0.4)
         arm = np.array([(1, -w), (1, w), (w, w)])
         quarter_turn = np.array([(0, 1), (-1, 0)])
         turns = (np.linalg.matrix_power(quarter_turn, k) for k in range(4))

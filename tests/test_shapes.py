@@ -133,7 +133,7 @@ def test_every_class_size_and_occlusion_occurs(coco):
     sides = np.array([max(a["bbox"][2:]) for a in coco["annotations"]]) / SIZE
     assert sides.min() < 0.16
     assert 0.70 < sides.max() < 0.80
-    for low, high in ((0.13, 0.26), (0.26, 0.52), (0.52, 0.80)):
+    for low, high in ((0.16, 0.32), (0.32, 0.64), (0.64, 0.98)):
         assert np.mean((low <= sides) & (sides < high)) > 0.12
     visible = []  # the rest of an object is hidden by another or lies outside the image
     for index in range(40):

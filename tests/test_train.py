@@ -463,14 +463,15 @@ def as_boxes(results: list[dict], coco: dict, kind: str) -> list[dict]:
     return [r | {"segmentation": f["segmentation"]} for r, f in zip(results, filled, strict=True)]
 
 
+@pytest.mark.skip(reason="settings and floor are not measured yet")
 def test_masks_are_learned_from_boxes_alone(tmp_path):
-    """MEASURED"""
+    """Better masks than the same detections give with their boxes or ellipses for masks."""
     files = write_diamonds(tmp_path, "train", 1, 400, masks=False)
     files += write_diamonds(tmp_path, "val", 2, 60, masks=True)
     words = """--mode boxteacher --steps 300 --batch-size 8 --optimizer adamw --lr 1e-3 --norm bn
         --warmup-steps 20 --weak-warmup-steps 60 --ema-momentum 0.95 --mask-branch-channels 32
-        --student-augmentation weak""".split()
-    ended = train(*options_for(64), *files, *words, *EXTRA, "--out", tmp_path / "out")
+        --student-augmentation weak --size-unit 64""".split()
+    ended = train(*options_for(64), *files, *words, "--out", tmp_path / "out")
     assert ended.code == 0, ended.err
 
     coco = json.loads((tmp_path / "val.json").read_text())
@@ -480,4 +481,5 @@ def test_masks_are_learned_from_boxes_alone(tmp_path):
         evaluate_coco(coco, as_boxes(results, coco, kind), 30, ["segm"])["segm"]
         for kind in ("box", "ellipse")
     )
-    print({k: (masks[k], boxes[k], ellipses[k]) for k in ("AP", "AP50", "AP75")})
+    for metric in ("AP", "AP75"):
+        assert masks[metric] > 1.2 * max(boxes[metric], ellipses[metric]), metric

@@ -1,0 +1,187 @@
+"""The student's step never waits for a GPU, which is checked even where there is none.
+
+A host that asks the device for a number (`.item()`, `if tensor:`, a boolean index, whose size is
+data) stops until all that was queued is done; so does one that copies a list of numbers there. On
+fake CUDA tensors, which have shapes but no values, the first cannot be answered and raises; the
+second is seen as a blocking copy between devices.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from boxteacher.config import parse
+from boxteacher.data import STRENGTHS, Batch, _augment_image, augment
+from boxteacher.ema import update_teacher
+from boxteacher.model import CondInst, PseudoMasks, build_model
+
+torch.set_num_threads(1)
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+TINY = "shapes --fpn-channels 32 --tower-convs 1 --mask-branch-channels 16 --mask-branch-convs 1"
+MODES = ["boxinst", "boxteacher"]  # condinst draws a number of instances that depends on the data
+
+
+def make_model(mode: str) -> CondInst:
+    return build_model(parse([*TINY.split(), "--mode", mode]), num_classes=3).train()
+
+
+def make_batch(device: str, height: int = 64, width: int = 96) -> tuple[Batch, PseudoMasks]:
+    """Two images with 3 and 2 boxes in 8 slots, and pseudo masks for all of them."""
+    corners = torch.arange(2 * 8 * 2, device=device).view(2, 8, 2) % 23
+    boxes = torch.cat((corners, corners + 25), dim=-1).float()
+    valid = torch.arange(8, device=device) < torch.full((2, 1), 3, device=device)
+    masks = torch.ones(2, 8, height // 4, width // 4, dtype=torch.bool, device=device)
+    images = torch.arange(2 * 3 * height * width, device=device).remainder(251).to(torch.uint8)
+    batch = Batch(
+        images=images.view(2, 3, height, width),
+        sizes=[(height, width - 6), (height - 4, width)],
+        boxes=boxes,
+        labels=corners[..., 0] % 3,
+        valid=valid,
+        centers=(boxes[..., :2] + boxes[..., 2:]) / 2,
+        masks=None,
+        has_mask=None,
+        cut_rows=[0, 3],
+        image_ids=[1, 2],
+    )
+    return batch, PseudoMasks(masks, torch.full((2, 8), 0.7, device=device))
+
+
+def student_losses(model: CondInst, batch: Batch, pseudo: PseudoMasks) -> Tensor:
+    losses, _ = model(batch.images, batch, 0.5, pseudo if model.mode == "boxteacher" else None)
+    return sum(losses.values())
+
+
+# --- without a GPU --------------------------------------------------------------------------------
+
+
+class HasToWaitError(Exception):
+    pass
+
+
+WAITS = (HasToWaitError, DataDependentOutputException, DynamicOutputShapeException)
+
+
+class RefuseWaiting(TorchDispatchMode):
+    """Raises where a host would wait: copies between CPU and GPU, values, sizes that are data."""
+
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
+        is_boolean = any(index is not None and index.dtype == torch.bool for index in indices)
+        if name.startswith(self.FORBIDDEN) or is_boolean:
+            raise HasToWaitError(name)
+        result = func(*args, **kwargs)
+        if name in ("_to_copy", "copy_") and not kwargs.get("non_blocking"):
+            tensors = [t for t in tree_leaves((args, result)) if isinstance(t, Tensor)]
+            if len({t.device.type for t in tensors}) > 1:
+                raise HasToWaitError(f"{name} between devices")
+        return result
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_students_forward_pass_never_waits(mode):
+    with FakeTensorMode() as fake, torch.device("cuda"):
+        model = make_model(mode)
+        batch, pseudo = make_batch("cuda")
+    with fake, RefuseWaiting():
+        assert student_losses(model, batch, pseudo).device.type == "cuda"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_students_backward_pass_asks_for_no_values(mode):
+    """On the CPU, since fake tensors have no backward pass without a driver. It sees no copies."""
+    model = make_model(mode)
+    batch, pseudo = make_batch("cpu")
+    loss = student_losses(model, batch, pseudo)
+    with RefuseWaiting():
+        loss.backward()
+    assert all(p.grad is not None for p in model.head.parameters())
+
+
+@pytest.mark.parametrize("strength", ["weak", "strong", "strong_blur"])
+def test_colouring_never_waits(strength):
+    with FakeTensorMode(), RefuseWaiting():
+        image = torch.zeros(3, 20, 30, dtype=torch.uint8, device="cuda")
+        for draws in ([0.0] * 12, [0.999] * 12):
+            assert _augment_image(image, STRENGTHS[strength], draws).shape == image.shape
+
+
+def test_the_teachers_update_never_waits():
+    with FakeTensorMode(), RefuseWaiting():
+        teacher, student = (torch.nn.Linear(3, 3, device="cuda") for _ in range(2))
+        update_teacher(teacher, student, 0.9)
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.sum().item(),
+        lambda x: float(x[0]),
+        lambda x: x.tolist(),
+        lambda x: x.cpu(),
+        lambda x: bool((x > 0).any()),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: x.masked_select(x > 0),
+        lambda x: x.unique(),
+        lambda x: x.new_tensor([1.0, 2.0]),
+        lambda x: torch.tensor([1.0, 2.0], device=x.device),
+        lambda x: torch.tensor([1.0, 2.0]).to(x.device),
+        lambda x: x.repeat_interleave((x > 0).long()),
+    ],
+)
+def test_waiting_would_be_noticed(wait: Callable[[Tensor], object]):
+    with FakeTensorMode(), RefuseWaiting():
+        x = torch.ones(4, device="cuda")
+        with pytest.raises(WAITS):
+            wait(x)
+
+
+@pytest.mark.parametrize("wait", [lambda x: x.sum().item(), lambda x: x[x > 0]])
+def test_waiting_would_be_noticed_on_the_cpu(wait: Callable[[Tensor], object]):
+    x = torch.ones(4)
+    with RefuseWaiting(), pytest.raises(WAITS):
+        wait(x)
+
+
+# --- on a GPU -------------------------------------------------------------------------------------
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_students_step_never_waits_for_the_gpu(mode, dtype):
+    model = make_model(mode).cuda()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    batch, pseudo = make_batch("cuda")
+    autocast = torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+    def step() -> None:
+        augment(batch.images, batch.sizes, "strong", torch.Generator().manual_seed(0))
+        with autocast:
+            loss = student_losses(model, batch, pseudo)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()  # libraries may wait when they are first used
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
