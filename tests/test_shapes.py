@@ -131,8 +131,8 @@ def test_every_class_size_and_occlusion_occurs(coco):
     assert per_image.min() <= 2
     assert per_image.max() >= 6
     sides = np.array([max(a["bbox"][2:]) for a in coco["annotations"]]) / SIZE
-    assert sides.min() < 0.16
-    assert 0.70 < sides.max() < 0.80
+    assert sides.min() < 0.18
+    assert 0.85 < sides.max() < 0.98
     for low, high in ((0.16, 0.32), (0.32, 0.64), (0.64, 0.98)):
         assert np.mean((low <= sides) & (sides < high)) > 0.12
     visible = []  # the rest of an object is hidden by another or lies outside the image
