@@ -11,8 +11,9 @@ import dataclasses
 import math
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ from boxteacher.checkpoint import (
     save_checkpoint,
 )
 from boxteacher.config import Config, ConfigError, parse, to_json, warnings
-from boxteacher.data import Batch, CocoDataset, DataError, augment, make_train_loader
+from boxteacher.data import CocoDataset, DataError, augment, make_train_loader
 from boxteacher.datasets import make_train_set, make_val_set
 from boxteacher.ema import ema_momentum, update_teacher
 from boxteacher.evaluation import NoMasksError, evaluate_dataset, require_masks
@@ -90,11 +91,10 @@ def make_state(cfg: Config, num_classes: int, device: torch.device) -> State:
         teacher = make_teacher(student)
     parameters = parameter_groups(student, cfg.norm_decay)
     if cfg.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(parameters, weight_decay=cfg.weight_decay)
+        optimizer = torch.optim.AdamW(parameters, weight_decay=cfg.weight_decay, fused=True)
     else:
-        optimizer = torch.optim.SGD(
-            parameters, momentum=cfg.momentum, weight_decay=cfg.weight_decay
-        )
+        options = dict(momentum=cfg.momentum, weight_decay=cfg.weight_decay, fused=True)
+        optimizer = torch.optim.SGD(parameters, **options)
     return State(student, teacher, optimizer)
 
 
@@ -112,8 +112,8 @@ def parameter_groups(model: nn.Module, norm_decay: bool) -> list[dict[str, Any]]
     return groups
 
 
-def save(cfg: Config, out: Path, state: State, train_set: CocoDataset) -> None:
-    """Rank 0 writes last.pt: all that is needed to go on, to evaluate and to predict."""
+def save(cfg: Config, path: Path, state: State, train_set: CocoDataset) -> None:
+    """Rank 0 writes all that is needed to go on, to evaluate and to predict."""
     if not distributed.is_main():
         return
     content = {
@@ -125,11 +125,16 @@ def save(cfg: Config, out: Path, state: State, train_set: CocoDataset) -> None:
         "teacher": state.teacher.state_dict() if state.teacher else None,
         "optimizer": state.optimizer.state_dict(),
     }
-    save_checkpoint(out / "last.pt", content)
+    save_checkpoint(path, content)
 
 
-def restore(path: Path, state: State, train_set: CocoDataset) -> None:
+def restore(cfg: Config, path: Path, state: State, train_set: CocoDataset) -> None:
     checkpoint = load_checkpoint(path)
+    optimizer = checkpoint["config"]["optimizer"]
+    if optimizer != cfg.optimizer or not checkpoint["optimizer"]:
+        raise CheckpointError(f"{path}: was trained with {optimizer}; --init takes weights alone")
+    if checkpoint["step"] >= cfg.steps:
+        raise CheckpointError(f"{path}: has {checkpoint['step']} steps already; give more --steps")
     if checkpoint["category_ids"] != train_set.category_ids:
         raise CheckpointError(f"{path}: was trained on other classes: {checkpoint['class_names']}")
     if (checkpoint["teacher"] is None) != (state.teacher is None):
@@ -151,14 +156,15 @@ def train(
     torch.manual_seed(cfg.seed)
     state = make_state(cfg, len(train_set.class_names), device)
     if cfg.resume:
-        restore(out / "last.pt", state, train_set)
+        restore(cfg, out / "last.pt", state, train_set)
     student, teacher, optimizer = state.student, state.teacher, state.optimizer
     model = speed_up(cfg, state, device)
     full_lr = cfg.lr * (cfg.batch_size / cfg.lr_batch_size if cfg.optimizer == "sgd" else 1)
     rank, world_size = distributed.rank(), distributed.world_size()
+    batch_size_per_rank = cfg.batch_size // world_size
     batches = make_train_loader(
         train_set,
-        batch_size_per_rank=cfg.batch_size // world_size,
+        batch_size_per_rank=batch_size_per_rank,
         steps=cfg.steps,
         start_step=state.step,
         seed=cfg.seed,
@@ -166,46 +172,54 @@ def train(
         world_size=world_size,
         workers=cfg.workers,
         aspect_grouping=cfg.aspect_grouping,
+        parts=cfg.accumulate,
     )
     autocast = torch.autocast(device.type, torch.bfloat16, cfg.amp and device.type == "cuda")
     colors = torch.Generator()
     log = RunLog(out / "metrics.jsonl", state.step, cfg.steps, cfg.log_every, cfg.batch_size)
     tables: dict[str, Any] = {}
+    verdict: Verdict | None = None  # on the step before
 
-    for step, batch in enumerate(batches, state.step):
-        batch = batch.to(device)
-        colors.manual_seed(cfg.seed * 1_000_003 + step)  # a resumed run draws what it would have
+    for step, parts in enumerate(zip(*[iter(batches)] * cfg.accumulate, strict=True), state.step):
+        stop_if_not_finite(verdict, cfg, out, state, train_set)
         torch.manual_seed((cfg.seed * 1_000_003 + step) * world_size + rank)
         lr = full_lr * lr_factor(cfg, step)
         for group in optimizer.param_groups:
             group["lr"] = lr
-
-        # The teacher follows the student and turns boxes into pseudo masks, on the plain images.
-        pseudo = None
         if teacher is not None:
             update_teacher(teacher, student, ema_momentum(step, cfg.ema_momentum))
-            with autocast:
-                pseudo = teacher.make_pseudo_masks(
-                    batch,
-                    cfg.teacher_size,
-                    cfg.teacher_max_size,
-                    cfg.mask_threshold,
-                    cfg.iou_threshold,
-                    cfg.score_threshold,
-                    cfg.published_score,
-                )
-        # The student sees the same images in other colours, and learns from boxes and pseudo masks.
-        images = augment(
-            batch.images,
-            batch.sizes,
-            cfg.student_augmentation,
-            colors,
-            skip=rank * len(batch.sizes),
-        )
-        with autocast:
-            losses, figures = model(images, batch, weak_factor(cfg, step), pseudo)
-        stop_if_not_finite(losses, batch, cfg, out, state, train_set)
-        sum(losses.values()).backward()
+
+        losses: dict[str, Tensor] = {}  # and figures: means over the parts
+        figures: dict[str, Tensor] = {}
+        for number, batch in enumerate(parts):
+            batch = batch.to(device)
+            # The teacher turns boxes into pseudo masks, on the plain images.
+            pseudo = None
+            if teacher is not None:
+                with autocast:
+                    pseudo = teacher.make_pseudo_masks(
+                        batch,
+                        cfg.teacher_size,
+                        cfg.teacher_max_size,
+                        cfg.mask_threshold,
+                        cfg.iou_threshold,
+                        cfg.score_threshold,
+                        cfg.published_score,
+                    )
+            # The student sees them in other colours, and learns from boxes and pseudo masks.
+            colors.manual_seed(cfg.seed * 1_000_003 + step)  # a resumed run draws the same
+            skip = rank * batch_size_per_rank + number * len(batch.sizes)
+            images = augment(batch.images, batch.sizes, cfg.student_augmentation, colors, skip)
+            with share_gradients(model, when=number == cfg.accumulate - 1):
+                with autocast:
+                    part_losses, part_figures = model(images, batch, weak_factor(cfg, step), pseudo)
+                (sum(part_losses.values()) / cfg.accumulate).backward()
+            if pseudo is not None and log.wants(step):
+                part_figures |= pseudo_mask_figures(pseudo, batch)
+            add_share(losses, part_losses, cfg.accumulate)
+            add_share(figures, part_figures, cfg.accumulate)
+        image_ids = [i for batch in parts for i in batch.image_ids]
+        verdict = judge(losses, optimizer, image_ids, step)
         if cfg.clip_grad:
             nn.utils.clip_grad_norm_(student.parameters(), cfg.clip_grad)
         optimizer.step()
@@ -213,13 +227,15 @@ def train(
 
         state.step = step + 1
         if log.wants(step):
-            if pseudo is not None:
-                figures = figures | pseudo_mask_figures(pseudo, batch)
             log.step(step, lr, losses, figures)
         is_last = state.step == cfg.steps
-        if is_last or state.step % cfg.checkpoint_every == 0:
-            save(cfg, out, state, train_set)
-        if is_last or (cfg.eval_every and state.step % cfg.eval_every == 0):
+        wants_checkpoint = is_last or state.step % cfg.checkpoint_every == 0
+        wants_tables = is_last or (cfg.eval_every and state.step % cfg.eval_every == 0)
+        if wants_checkpoint or wants_tables:
+            stop_if_not_finite(verdict, cfg, out, state, train_set)
+        if wants_checkpoint:
+            save(cfg, out / "last.pt", state, train_set)
+        if wants_tables:
             tables = evaluate(cfg, out, state, val_set, device, log)
     log.close()
     if distributed.is_main():
@@ -239,29 +255,82 @@ def speed_up(cfg: Config, state: State, device: torch.device) -> nn.Module:
     for network in filter(None, (state.student, state.teacher)):
         network.to(memory_format=torch.channels_last)
         if cfg.compile and device.type == "cuda":
-            for part in (network.backbone, network.head, network.mask_branch):
-                part.compile()
+            compile_parts(network)
     if distributed.world_size() == 1:
         return state.student
     ids = [device.index] if device.type == "cuda" else None
     return DistributedDataParallel(state.student, device_ids=ids, broadcast_buffers=False)
 
 
+def compile_parts(network: CondInst, **options: Any) -> None:
+    """In place, so that names in checkpoints stay. Each part is compiled for the first image size,
+    and when another comes, once more for all sizes. `forward`, not the module: modules share one
+    entry, whose limit of recompilations all parts together would reach.
+    """
+    for part in (network.backbone, network.head, network.mask_branch):
+        part.forward = torch.compile(part.forward, **options)
+    network.loss_sums = torch.compile(network.loss_sums, **options)
+
+
+def share_gradients(model: nn.Module, when: bool) -> AbstractContextManager:
+    """DDP adds the ranks' gradients up in the last backward pass of a step, not in those before."""
+    if when or not isinstance(model, DistributedDataParallel):
+        return nullcontext()
+    return model.no_sync()
+
+
+def add_share(means: dict[str, Tensor], values: dict[str, Tensor], parts: int) -> None:
+    for name, value in values.items():
+        means[name] = means.get(name, 0.0) + value.detach() / parts
+
+
+class Verdict(NamedTuple):
+    """A step's losses, on their way to the CPU."""
+
+    step: int
+    image_ids: list[int]
+    names: list[str]
+    mine: Tensor  # this rank's losses
+    is_bad: Tensor  # whether any rank's is not finite
+    arrived: torch.cuda.Event | None
+
+
+def judge(
+    losses: dict[str, Tensor], optimizer: torch.optim.Optimizer, image_ids: list[int], step: int
+) -> Verdict:
+    """If a loss of any rank is not finite, the optimizer is to change no weight. That is settled on
+    the device; the CPU reads the verdict a step later, and so need not wait.
+    """
+    values = torch.stack(list(losses.values())).detach()
+    is_bad = ~distributed.reduce_mean(values).isfinite().all()
+    optimizer.found_inf = is_bad.float()  # fused optimizers look at it, as for loss scaling
+    mine, is_bad = (t.to("cpu", non_blocking=True) for t in (values, is_bad))
+    arrived = None
+    if values.is_cuda:
+        arrived = torch.cuda.Event()
+        arrived.record()
+    return Verdict(step, image_ids, list(losses), mine, is_bad, arrived)
+
+
 def stop_if_not_finite(
-    losses: dict[str, Tensor], batch: Batch, cfg: Config, out: Path, state: State, data: CocoDataset
+    verdict: Verdict | None, cfg: Config, out: Path, state: State, data: CocoDataset
 ) -> None:
-    """All ranks stop together, before the step changes a weight, and rank 0 saves what there is."""
-    local = torch.stack(list(losses.values())).detach()
-    if distributed.reduce_mean(local).isfinite().all():
+    """All ranks stop together, before the bad step has changed any weight, and rank 0 saves what
+    there is.
+    """
+    if verdict and verdict.arrived:
+        verdict.arrived.synchronize()
+    if not verdict or not verdict.is_bad:
         return
-    save(cfg, out, state, data)
-    bad = [
-        name for name, value in zip(losses, local.tolist(), strict=True) if not math.isfinite(value)
-    ]
-    where = f"{', '.join(bad)} for image ids {batch.image_ids}" if bad else "on another rank"
+    state.step = verdict.step
+    save(cfg, out / "diverged.pt", state, data)
+    distributed.barrier()  # torchrun ends all processes when the first fails
+    mine = zip(verdict.names, verdict.mine.tolist(), strict=True)
+    bad = [name for name, value in mine if not math.isfinite(value)]
+    where = f"{', '.join(bad)} for image ids {verdict.image_ids}" if bad else "on another rank"
     raise DivergedError(
         f"step {state.step}: loss not finite: {where}; the weights before this step are in "
-        f"{out / 'last.pt'}; try a lower --lr, a longer --warmup-steps or --clip-grad 10"
+        f"{out / 'diverged.pt'}; try a lower --lr, a longer --warmup-steps or --clip-grad 10"
     )
 
 
@@ -273,6 +342,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """AP of the judged model on the validation set; results.json and metrics.jsonl on rank 0."""
     started = time.perf_counter()
+    distributed.broadcast_buffers(state.judged)  # every rank has batch norm statistics of its own
     tables, text = evaluate_dataset(
         state.judged, val_set, device, cfg.workers, cfg.max_detections, out / "results.json"
     )
@@ -292,11 +362,11 @@ def make_run_folder(cfg: Config) -> Path:
         if not (out / "last.pt").is_file():
             raise ConfigError(f"resume: {out} holds no last.pt to go on from; say --out FOLDER")
         return out
-    if (out / "config.json").exists():
-        if cfg.out:
-            raise ConfigError(
-                f"out: {out} already holds a run; go on with --resume or choose another --out"
-            )
+    if cfg.out and (out / "last.pt").exists():
+        raise ConfigError(
+            f"out: {out} already holds a run; go on with --resume or choose another --out"
+        )
+    if not cfg.out and (out / "config.json").exists():
         number = next(n for n in range(2, 10_000) if not Path(f"{out}_{n}").exists())
         out = Path(f"{out}_{number}")
     return out
@@ -323,11 +393,16 @@ def main() -> None:
     started = time.perf_counter()
     cfg = parse(sys.argv[1:])
     device = distributed.init_distributed(cfg.device)
-    if cfg.batch_size % distributed.world_size():
-        processes = distributed.world_size()
-        raise ConfigError(f"batch_size {cfg.batch_size} does not divide by {processes} processes")
+    processes = distributed.world_size()
+    if cfg.batch_size % (processes * cfg.accumulate):
+        raise ConfigError(
+            f"batch_size {cfg.batch_size} cannot be shared evenly by {processes} processes with"
+            f" accumulate={cfg.accumulate}"
+        )
     out = make_run_folder(cfg)
     train_set, val_set = make_train_set(cfg), make_val_set(cfg)  # nothing is written if they fail
+    if train_set.categories != val_set.categories:
+        raise DataError(f"{val_set.name}: its categories are not those of {train_set.name}")
     distributed.barrier()  # all ranks have chosen a folder before rank 0 creates it
     if distributed.is_main():
         notes = warnings(cfg)
@@ -337,8 +412,12 @@ def main() -> None:
             notes.append(str(error))
         for note in notes:
             print(f"warning: {note}", file=sys.stderr)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(to_json(cfg))
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            if not cfg.resume:
+                (out / "config.json").write_text(to_json(cfg))
+        except OSError as error:
+            raise ConfigError(f"out: cannot write to {out} ({error.strerror})") from None
     tables = train(cfg, out, device, train_set, val_set)
     if distributed.is_main():
         print(last_words(cfg, out, tables, (time.perf_counter() - started) / 60))

@@ -30,8 +30,18 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(min(32, channels // 4), channels)
 
 
+class FrozenBatchNorm(FrozenBatchNorm2d):
+    """Batch norm with statistics that stay, scale * x + shift, in one pass; torchvision's needs
+    two. And bfloat16 stays bfloat16 under autocast; torchvision's makes it float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        return torch.addcmul(shift[:, None, None], x, scale[:, None, None]).to(x.dtype)
+
+
 NORMS: dict[str, Callable[[int], nn.Module]] = {
-    "frozen_bn": FrozenBatchNorm2d,
+    "frozen_bn": FrozenBatchNorm,
     "bn": nn.BatchNorm2d,
     "gn": group_norm,
 }

@@ -23,9 +23,7 @@ class ConfigError(ValueError):
     """A configuration that cannot be meant; the message is one line for the user."""
 
 
-Backbone = Literal[
-    "resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "swin_t", "swin_b"
-]
+Backbone = Literal["resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "swin_t", "swin_b"]
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,8 @@ class Config:
 
     # --- training -----------------------------------------------------------
     steps: int = 90_000
-    batch_size: int = 16  # over all ranks
+    batch_size: int = 16  # images of a step, over all ranks
+    accumulate: int = 1  # a rank takes its images in as many parts, one after the other
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: float = 0.01  # for `lr_batch_size` images; sgd scales it linearly with batch_size
     lr_batch_size: int = 16
@@ -273,9 +272,9 @@ def from_preset(name: str, **given: Any) -> Config:
 
 # --- what can be meant --------------------------------------------------------
 
-_AT_LEAST_1 = """steps batch_size lr_batch_size checkpoint_every log_every shapes_train shapes_val
-    shapes_size train_max_size test_size test_max_size teacher_max_size fpn_channels max_detections
-    mask_branch_channels mask_channels max_mask_locations pre_nms_top""".split()
+_AT_LEAST_1 = """steps batch_size accumulate lr_batch_size checkpoint_every log_every shapes_train
+    shapes_val shapes_size train_max_size test_size test_max_size teacher_max_size fpn_channels
+    max_detections mask_branch_channels mask_channels max_mask_locations pre_nms_top""".split()
 _AT_MOST_1 = """momentum ema_momentum color_threshold affinity_threshold mask_threshold
     iou_threshold score_threshold pre_nms_threshold nms_threshold drop_path""".split()
 
@@ -294,6 +293,10 @@ def validate(config: Config) -> None:
             refuse(not least <= value < math.inf, f"{field} must be {least} or more, got {value}")
             is_over = field in _AT_MOST_1 and value > 1
             refuse(is_over, f"{field} must be between 0 and 1, got {value}")
+    refuse(
+        c.batch_size % max(c.accumulate, 1) != 0,
+        f"batch_size={c.batch_size} cannot be taken in accumulate={c.accumulate} equal parts",
+    )
     refuse(c.lr == 0, "lr is 0, so nothing would be learned")
     refuse(min(c.train_sizes, default=0) < 1, "train_sizes wants positive short sides")
     refuse(min(c.train_scales, default=1) <= 0, "train_scales wants positive factors")
@@ -304,7 +307,8 @@ def validate(config: Config) -> None:
     ):
         message = f"{name}={long} keeps the short side from being {short}: raise {name}"
         refuse(is_used and short > long, message)
-    refuse(c.fpn_channels % 32 != 0, "fpn_channels must be a multiple of 32 (the head's GroupNorm)")
+    small = c.fpn_channels % 32 != 0 or c.fpn_channels < 64
+    refuse(small, "fpn_channels must be a multiple of 32, 64 at least (the head's GroupNorm)")
     refuse(list(c.lr_drops) != sorted(c.lr_drops), "lr_drops must be in ascending order")
     from_scratch = not (c.pretrained or c.backbone_weights or c.init)
     refuse(

@@ -288,7 +288,7 @@ class CocoDataset(Dataset):
         top, _, height, _ = view.window
         first_cut_row = view.resized[0] - int(self.bottom_rows * view.resized[0] / original[0])
         return Sample(
-            image=torch.from_numpy(np.ascontiguousarray(view.image(image).transpose(2, 0, 1))),
+            image=torch.from_numpy(np.copy(view.image(image).transpose(2, 0, 1))),
             boxes=torch.from_numpy(boxes).float(),
             labels=torch.from_numpy(self.labels[index][kept]),
             centers=torch.from_numpy(centers).float(),
@@ -348,7 +348,8 @@ def collate(samples: list[Sample]) -> Batch:
 
 @dataclass(frozen=True)
 class TrainOrder:
-    """Endless shuffles cut into global batches; yields a rank's slices as lists of (index, key).
+    """Endless shuffles cut into global batches; yields a rank's slices as lists of (index, key), in
+    `parts` equal parts a step.
 
     The key is the position in the run: at an equal global batch, images and their draws depend on
     seed and step alone. A batch is all wide or all tall, if `is_wide` tells any apart.
@@ -361,12 +362,16 @@ class TrainOrder:
     seed: int
     rank: int
     world_size: int
+    parts: int = 1
 
     def __len__(self) -> int:
-        return max(self.steps - self.start_step, 0)
+        return max(self.steps - self.start_step, 0) * self.parts
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return itertools.islice(self._whole_run(), self.start_step, self.steps)
+        size = self.batch_size_per_rank // self.parts
+        for batch in itertools.islice(self._whole_run(), self.start_step, self.steps):
+            for first in range(0, len(batch), size):
+                yield batch[first : first + size]
 
     def _whole_run(self) -> Iterator[list[tuple[int, int]]]:
         first, positions = self.rank * self.batch_size_per_rank, itertools.count()
@@ -417,10 +422,14 @@ def make_train_loader(
     world_size: int,
     workers: int,
     aspect_grouping: bool,
+    parts: int = 1,
 ) -> Loader:
-    """Yields this rank's Batch of each step from start_step to steps - 1 (see TrainOrder)."""
+    """Yields this rank's Batch of each step from start_step to steps - 1, or the `parts` Batches
+    that share its images (see TrainOrder).
+    """
     is_wide = [not aspect_grouping or i["width"] >= i["height"] for i in dataset.images]
-    order = TrainOrder(is_wide, batch_size_per_rank, steps, start_step, seed, rank, world_size)
+    run = (batch_size_per_rank, steps, start_step, seed, rank, world_size)
+    order = TrainOrder(is_wide, *run, parts)
     return Loader(dataset, order, workers, collate)
 
 

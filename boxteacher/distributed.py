@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 # How long a rank waits for another before it gives up. Longer than rank 0 takes to evaluate alone,
 # short enough that a rank that died does not hold the others (and the machine) for ever.
@@ -83,6 +83,13 @@ def reduce_mean(tensor: Tensor) -> Tensor:
     if _has_group():
         dist.all_reduce(total)
     return total / world_size()
+
+
+def broadcast_buffers(module: nn.Module) -> None:
+    """Give all ranks the buffers of rank 0: the statistics that its checkpoint holds."""
+    if _has_group():
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 def gather_objects(value: Any) -> list[Any] | None:

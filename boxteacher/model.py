@@ -36,6 +36,7 @@ PIXELS = {  # means (0..255) and deviations of the channels that a backbone's we
     "rgb": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
     "bgr": ((103.53, 116.28, 123.675), (1.0, 1.0, 1.0)),
 }
+WEAK_LOSSES = ("pairwise", "pseudo_mask", "pseudo_affinity")  # those that warm up
 MASK_CHUNK = 64  # instances whose full-resolution masks are held in memory at a time
 
 
@@ -133,6 +134,28 @@ class CondInst(nn.Module):
         processes share it.
         """
         encoded = self.encode(self.normalize(images, batch.sizes))
+        reliable = [(h - cut, w) for (h, w), cut in zip(batch.sizes, batch.cut_rows, strict=True)]
+        rows, columns = (side // 4 for side in images.shape[-2:])
+        inside_image = losses.inside_masks(reliable, rows, columns, images.device)
+        sums, norms, figures = self.loss_sums(encoded, batch, inside_image, pseudo)
+
+        dtype = encoded.predictions.class_logits.dtype
+        means = reduce_mean(torch.stack([n.to(dtype) for n in norms.values()]))
+        weighted = {}
+        for name, mean in zip(norms, means.unbind(), strict=True):
+            weight = self.loss_weights[name] * (weak_factor if name in WEAK_LOSSES else 1.0)
+            # at least 1, but for the boxes' sum of centernesses, which may well be less
+            weighted[name] = weight * sums[name] / mean.clamp(min=1e-6 if name == "box" else 1.0)
+        return weighted, figures
+
+    def loss_sums(
+        self, encoded: Encoded, batch: Batch, inside_image: Tensor, pseudo: PseudoMasks | None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        """Sums of the losses over their locations or instances, what each is to be divided by, and
+        figures. Tensors alone matter here, not sizes known to Python, so that it compiles.
+
+        inside_image bool [N, H, W]: where colours can be relied on.
+        """
         targets = fcos.assign_targets(
             encoded.locations, batch.boxes, batch.labels, batch.valid, batch.centers
         )
@@ -169,17 +192,14 @@ class CondInst(nn.Module):
             inside_box = (
                 losses.box_masks(of_boxes(batch.boxes), rows, columns) & is_real[..., None, None]
             )
-            reliable = [
-                (h - cut, w) for (h, w), cut in zip(batch.sizes, batch.cut_rows, strict=True)
-            ]
-            inside_image = losses.inside_masks(reliable, rows, columns, images.device)
             similarity = losses.color_similarity(batch.images, inside_image)
             color_edges = similarity >= self.color_threshold
             projection = losses.projection_loss(probs, inside_box.to(probs.dtype))
             sums["projection"], norms["projection"] = total(projection), num_masks
             pairwise, weight = losses.color_pairwise_sums(logits, color_edges, inside_box)
-            sums["pairwise"], norms["pairwise"] = weak_factor * total(pairwise), total(weight)
-            figures["color_edge_share"] = total(weight) / (8 * inside_box.sum()).clamp(min=1)
+            sums["pairwise"], norms["pairwise"] = total(pairwise), total(weight)
+            edges = torch.stack((total(weight), 8 * inside_box.sum().to(weight.dtype)))
+            figures["color_edge_share"] = edges.detach()
 
         if self.mode == "boxteacher" and pseudo is not None:
             trust = of_boxes(pseudo.weights)
@@ -190,15 +210,8 @@ class CondInst(nn.Module):
                 logits, pseudo_masks, inside_box, inside_image, self.affinity_threshold
             )
             for name, loss in (("pseudo_mask", dice), ("pseudo_affinity", affinity)):
-                sums[name], norms[name] = weak_factor * total(trust * loss), num_trusted
-
-        means = reduce_mean(torch.stack([n.to(logits.dtype) for n in norms.values()]))
-        weighted = {}
-        for name, mean in zip(norms, means.unbind(), strict=True):
-            # at least 1, but for the boxes' sum of centernesses, which may well be less
-            normalizer = mean.clamp(min=1e-6 if name == "box" else 1.0)
-            weighted[name] = self.loss_weights[name] * sums[name] / normalizer
-        return weighted, figures
+                sums[name], norms[name] = total(trust * loss), num_trusted
+        return sums, norms, figures
 
     @torch.no_grad()
     def predict(

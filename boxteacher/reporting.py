@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -23,22 +24,24 @@ from .visualize import contact_sheet, draw_instances
 @torch.no_grad()
 def pseudo_mask_figures(pseudo: PseudoMasks, batch: Batch) -> dict[str, Tensor]:
     """The flywheel in numbers: how many boxes have a pseudo mask, how far they are trusted, and,
-    where true masks exist, how right they are (mean IoU on the stride-4 grid).
+    where true masks exist, how right they are (mean IoU on the stride-4 grid). Each figure is a
+    fraction [2], so that it can be summed over ranks.
     """
     has_pseudo = (pseudo.weights > 0) & batch.valid
     count = has_pseudo.sum()
-    figures = {
-        "pseudo_masks": count,
-        "pseudo_masks_share": count / batch.valid.sum().clamp(min=1),
-        "mask_aware_score": pseudo.weights.sum() / count.clamp(min=1),
+    number = torch.full_like(count, len(batch.sizes))
+    fractions = {
+        "pseudo_masks_per_image": (count, number),
+        "pseudo_masks_share": (count, batch.valid.sum()),
+        "mask_aware_score": (pseudo.weights.sum(), count),
     }
     if batch.masks is not None:
         both = (pseudo.masks & batch.masks).sum((2, 3))
         either = (pseudo.masks | batch.masks).sum((2, 3)).clamp(min=1)
         is_known = has_pseudo & batch.has_mask
-        iou = torch.where(is_known, both / either, 0.0).sum() / is_known.sum()  # NaN: none known
-        figures["pseudo_mask_iou"] = iou
-    return figures
+        iou = torch.where(is_known, both / either, 0.0).sum()
+        fractions["pseudo_mask_iou"] = (iou, is_known.sum())
+    return {name: torch.stack([a.float(), b.float()]) for name, (a, b) in fractions.items()}
 
 
 class RunLog:
@@ -49,6 +52,9 @@ class RunLog:
     def __init__(self, path: Path, start: int, steps: int, every: int, batch_size: int) -> None:
         self.every, self.batch_size = every, batch_size
         self.path = path if distributed.is_main() else None
+        if self.path and path.exists():  # what an interrupted run wrote after its checkpoint
+            lines = path.read_text().splitlines(keepends=True)
+            path.write_text("".join(x for x in lines if start and json.loads(x)["step"] <= start))
         self.bar = tqdm(
             total=steps,
             initial=start,
@@ -65,10 +71,13 @@ class RunLog:
     def step(
         self, step: int, lr: float, losses: Mapping[str, Tensor], figures: Mapping[str, Tensor]
     ) -> None:
-        """Write one line; losses and figures are averaged over ranks."""
-        names = [*losses, *figures]
-        values = torch.stack([v.float() for v in (*losses.values(), *figures.values())])
-        values = dict(zip(names, distributed.reduce_mean(values).tolist(), strict=True))
+        """Write one line. Losses are means over ranks, figures fractions [2] of sums over ranks."""
+        means = distributed.reduce_mean(torch.stack(list(losses.values())).float()).tolist()
+        values = dict(zip(losses, means, strict=True))
+        if figures:
+            sums = distributed.reduce_mean(torch.stack(list(figures.values())).float()).tolist()
+            for name, (above, below) in zip(figures, sums, strict=True):
+                values[name] = above / below if below else math.nan
         seconds = time.perf_counter() - self.started
         images_per_s = (step + 1 - self.since) * self.batch_size / seconds
         total = sum(values[name] for name in losses)

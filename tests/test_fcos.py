@@ -436,7 +436,9 @@ def test_boxes_of_other_classes_do_not_suppress_even_beyond_the_border():
 
 def test_detect_keeps_the_locations_of_each_level_apart():
     xy = torch.tensor([[4.0, 4.0], [12.0, 4.0], [8.0, 8.0]])
-    locations = Locations(xy, torch.tensor([8.0, 8.0, 16.0]), torch.zeros(3, 2), torch.zeros(3), [2, 1])
+    locations = Locations(
+        xy, torch.tensor([8.0, 8.0, 16.0]), torch.zeros(3, 2), torch.zeros(3), [2, 1]
+    )
     logits = torch.tensor([[[3.0], [2.0], [1.0]]])
     predictions = Predictions(logits, torch.full((1, 3, 4), 0.25), torch.full((1, 3), 9.0), [])
     (found,) = check_detections(predictions, locations, 0.05, 1, 0.6, 100)

@@ -6,11 +6,14 @@ fake CUDA tensors, which have shapes but no values, the first cannot be answered
 second is seen as a blocking copy between devices.
 """
 
+import os
+import random
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -19,6 +22,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import train
 from boxteacher.config import parse
 from boxteacher.data import STRENGTHS, Batch, _augment_image, augment
 from boxteacher.ema import update_teacher
@@ -27,7 +31,10 @@ from boxteacher.model import CondInst, PseudoMasks, build_model
 torch.set_num_threads(1)
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-TINY = "shapes --fpn-channels 32 --tower-convs 1 --mask-branch-channels 16 --mask-branch-convs 1"
+slow = pytest.mark.skipif(
+    "COMPILE_TESTS" not in os.environ, reason="compiles for minutes: set COMPILE_TESTS=1"
+)
+TINY = "shapes --fpn-channels 64 --tower-convs 1 --mask-branch-channels 16 --mask-branch-convs 1"
 MODES = ["boxinst", "boxteacher"]  # condinst draws a number of instances that depends on the data
 
 
@@ -158,6 +165,54 @@ def test_waiting_would_be_noticed_on_the_cpu(wait: Callable[[Tensor], object]):
         wait(x)
 
 
+# --- compilation ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=slow)])
+def test_compiled_losses_and_gradients_are_the_same(backend):
+    """In whole graphs: no part falls back to Python in its middle. Backend eager only traces."""
+    torch._dynamo.reset()
+    counters.clear()
+    model = make_model("boxteacher")
+    batch, pseudo = make_batch("cpu")
+
+    def losses_and_gradients() -> list[Tensor]:
+        losses, _ = model(batch.images, batch, 0.5, pseudo)
+        return [*losses.values(), *torch.autograd.grad(sum(losses.values()), model.parameters())]
+
+    expected = losses_and_gradients()
+    train.compile_parts(model, backend=backend)
+    found = losses_and_gradients()
+    assert counters["stats"]["unique_graphs"] == 4
+    assert not counters["graph_break"]
+    scale = max(float(tensor.abs().max()) for tensor in expected)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5 * scale)
+
+
+def count_graphs(device: str, steps: int, **options: object) -> int:
+    """How often student and teacher are compiled in a run where images vary both ways."""
+    torch._dynamo.reset()
+    counters.clear()
+    student, teacher = make_model("boxteacher").to(device), make_model("boxteacher").to(device)
+    teacher.requires_grad_(False)
+    for network in (student, teacher):
+        train.compile_parts(network, **options)
+    sides = random.Random(0)
+    for _ in range(steps):
+        batch, pseudo = make_batch(device, *(32 * sides.randrange(8, 13) for _ in range(2)))
+        with torch.no_grad():
+            teacher.encode(teacher.normalize(batch.images, batch.sizes))
+        student_losses(student, batch, pseudo).backward()
+    return counters["stats"]["unique_graphs"]
+
+
+@slow
+def test_sizes_that_vary_are_compiled_but_a_few_times():
+    """Seven parts, each for the first size, for any height, for any size; the losses once more."""
+    assert count_graphs("cpu", steps=12, backend="eager") <= 3 * 7 + 1
+
+
 # --- on a GPU -------------------------------------------------------------------------------------
 
 
@@ -185,3 +240,9 @@ def test_the_students_step_never_waits_for_the_gpu(mode, dtype):
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_cuda
+@slow
+def test_a_run_of_200_sizes_is_compiled_but_a_few_times():
+    assert count_graphs("cuda", steps=200) <= 3 * 7 + 1

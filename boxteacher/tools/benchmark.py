@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -45,7 +44,7 @@ from boxteacher.distributed import init_distributed
 from boxteacher.ema import update_teacher
 from boxteacher.losses import box_masks
 from boxteacher.model import CondInst, fit_boxes, resize_images
-from boxteacher.shapes import CLASS_NAMES
+from boxteacher.shapes import CLASS_NAMES, load_shapes_image, make_shapes_coco
 
 PARTS = ("data", "inference", "train")
 
@@ -138,26 +137,15 @@ def make_batch(
     return collate(samples).to(device)
 
 
-def make_jpegs(folder: Path, count: int = 64, height: int = 480, width: int = 640) -> Path:
-    """A COCO-format set about as heavy to decode as COCO: 8 polygons of 30 points an image."""
-    rng = np.random.default_rng(0)
-    angles = np.linspace(0, 2 * np.pi, 30, endpoint=False)
-    circle = np.stack((np.cos(angles), np.sin(angles)), 1)
-    images, annotations = [], []
-    for i in range(count):
-        coarse = rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
-        Image.fromarray(coarse).resize((width, height)).save(folder / f"{i}.jpg", quality=95)
-        images.append(dict(id=i, file_name=f"{i}.jpg", width=width, height=height))
-        for k in range(8):
-            center, radius = rng.uniform(100, height - 100, 2), rng.uniform(10, 90)
-            box = [*(center - radius), 2 * radius, 2 * radius]
-            polygon = (center + radius * circle).ravel().tolist()
-            annotation = dict(bbox=box, area=np.pi * radius**2, segmentation=[polygon], iscrowd=0)
-            annotations.append(annotation | dict(id=8 * i + k, image_id=i, category_id=1))
-    coco = dict(images=images, annotations=annotations, categories=[dict(id=1, name="disc")])
-    path = folder / "coco.json"
-    path.write_text(json.dumps(coco))
-    return path
+def make_jpegs(folder: Path, count: int = 64, size: int = 560) -> dict[str, str]:
+    """Shapes as JPEG files of as many pixels as COCO's have. Returns the fields that name them."""
+    coco, paint = make_shapes_coco(0, count, size), load_shapes_image(0, size)
+    for entry in coco["images"]:
+        pixels = paint(entry)
+        entry["file_name"] += ".jpg"
+        Image.fromarray(pixels).save(folder / entry["file_name"], quality=95)
+    (folder / "coco.json").write_text(json.dumps(coco))
+    return {"train_json": str(folder / "coco.json"), "train_images": str(folder)}
 
 
 # --- what is measured -----------------------------------------------------------------------------
@@ -171,8 +159,8 @@ def measure_data(cfg: Config, steps: int) -> dict[str, Any]:
         )
         cfg = dataclasses.replace(cfg, shapes_train=64)
         if cfg.dataset == "coco" and not Path(cfg.train_json).is_file():
-            source, path = "64 synthetic JPEGs of 480x640", make_jpegs(Path(folder))
-            cfg = dataclasses.replace(cfg, train_json=str(path), train_images=folder)
+            source = "64 synthetic JPEGs of 560x560"
+            cfg = dataclasses.replace(cfg, **make_jpegs(Path(folder)))
         warmup = 1 + 2 * cfg.workers  # what workers prepare before the first batch is asked for
         order = (warmup + steps, 0, cfg.seed, 0, 1, cfg.workers, cfg.aspect_grouping)
         batches = make_train_loader(make_train_set(cfg), cfg.batch_size, *order)
