@@ -178,7 +178,7 @@ PRESETS: dict[str, Preset] = {
             test_size=128,
             test_max_size=128,
         ),
-        "here: not run",
+        "here: 19.9 mask AP, seed 0 (BoxInst 21.7, CondInst 30.5); target 40",
     ),
     "nuclei": Preset(
         _SMALL
@@ -195,7 +195,7 @@ PRESETS: dict[str, Preset] = {
             steps=1000,
             max_detections=1000,
         ),
-        "here: not run",
+        "here: 43.0 mask AP, with strong student augmentation",
     ),
 }
 
