@@ -11,7 +11,6 @@ import dataclasses
 import math
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -180,45 +179,49 @@ def train(
     tables: dict[str, Any] = {}
     verdict: Verdict | None = None  # on the step before
 
-    for step, parts in enumerate(zip(*[iter(batches)] * cfg.accumulate, strict=True), state.step):
-        stop_if_not_finite(verdict, cfg, out, state, train_set)
-        torch.manual_seed((cfg.seed * 1_000_003 + step) * world_size + rank)
+    for number, batch in enumerate(batches, state.step * cfg.accumulate):
+        step, part = divmod(number, cfg.accumulate)  # of the parts that a step's images come in
+        is_last_part = part == cfg.accumulate - 1
+        batch = batch.to(device)
+        if part == 0:
+            stop_if_not_finite(verdict, cfg, out, state, train_set)
+            means, image_ids = {}, []  # over the whole step
+        colors.manual_seed(cfg.seed * 1_000_003 + step)  # a resumed run draws what it would have
+        torch.manual_seed((cfg.seed * 1_000_003 + number) * world_size + rank)
         lr = full_lr * lr_factor(cfg, step)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        if teacher is not None:
-            update_teacher(teacher, student, ema_momentum(step, cfg.ema_momentum))
 
-        losses: dict[str, Tensor] = {}  # and figures: means over the parts
-        figures: dict[str, Tensor] = {}
-        for number, batch in enumerate(parts):
-            batch = batch.to(device)
-            # The teacher turns boxes into pseudo masks, on the plain images.
-            pseudo = None
-            if teacher is not None:
-                with autocast:
-                    pseudo = teacher.make_pseudo_masks(
-                        batch,
-                        cfg.teacher_size,
-                        cfg.teacher_max_size,
-                        cfg.mask_threshold,
-                        cfg.iou_threshold,
-                        cfg.score_threshold,
-                        cfg.published_score,
-                    )
-            # The student sees them in other colours, and learns from boxes and pseudo masks.
-            colors.manual_seed(cfg.seed * 1_000_003 + step)  # a resumed run draws the same
-            skip = rank * batch_size_per_rank + number * len(batch.sizes)
-            images = augment(batch.images, batch.sizes, cfg.student_augmentation, colors, skip)
-            with share_gradients(model, when=number == cfg.accumulate - 1):
-                with autocast:
-                    part_losses, part_figures = model(images, batch, weak_factor(cfg, step), pseudo)
-                (sum(part_losses.values()) / cfg.accumulate).backward()
-            if pseudo is not None and log.wants(step):
-                part_figures |= pseudo_mask_figures(pseudo, batch)
-            add_share(losses, part_losses, cfg.accumulate)
-            add_share(figures, part_figures, cfg.accumulate)
-        image_ids = [i for batch in parts for i in batch.image_ids]
+        # The teacher follows the student and turns boxes into pseudo masks, on the plain images.
+        pseudo = None
+        if teacher is not None:
+            if part == 0:
+                update_teacher(teacher, student, ema_momentum(step, cfg.ema_momentum))
+            with autocast:
+                pseudo = teacher.make_pseudo_masks(
+                    batch,
+                    cfg.teacher_size,
+                    cfg.teacher_max_size,
+                    cfg.mask_threshold,
+                    cfg.iou_threshold,
+                    cfg.score_threshold,
+                    cfg.published_score,
+                )
+        # The student sees the same images in other colours, and learns from boxes and pseudo masks.
+        skip = rank * batch_size_per_rank + part * len(batch.sizes)
+        images = augment(batch.images, batch.sizes, cfg.student_augmentation, colors, skip)
+        model.require_backward_grad_sync = is_last_part  # DDP adds the ranks' gradients up but once
+        with autocast:
+            losses, figures = model(images, batch, weak_factor(cfg, step), pseudo)
+        (sum(losses.values()) / cfg.accumulate).backward()
+        if pseudo is not None and log.wants(step):
+            figures = figures | pseudo_mask_figures(pseudo, batch)
+        for name, value in (losses | figures).items():
+            means[name] = means.get(name, 0.0) + value.detach() / cfg.accumulate
+        image_ids += batch.image_ids
+        if not is_last_part:
+            continue
+        losses, figures = ({name: means[name] for name in some} for some in (losses, figures))
         verdict = judge(losses, optimizer, image_ids, step)
         if cfg.clip_grad:
             nn.utils.clip_grad_norm_(student.parameters(), cfg.clip_grad)
@@ -263,25 +266,13 @@ def speed_up(cfg: Config, state: State, device: torch.device) -> nn.Module:
 
 
 def compile_parts(network: CondInst, **options: Any) -> None:
-    """In place, so that names in checkpoints stay. Each part is compiled for the first image size,
-    and when another comes, once more for all sizes. `forward`, not the module: modules share one
-    entry, whose limit of recompilations all parts together would reach.
+    """In place, so that names in checkpoints stay. A part is compiled for the first image size, and
+    again when its height and its width are seen to vary. `forward`, not the module: modules share
+    one code object, to which torch may count the recompilations of all parts.
     """
     for part in (network.backbone, network.head, network.mask_branch):
         part.forward = torch.compile(part.forward, **options)
     network.loss_sums = torch.compile(network.loss_sums, **options)
-
-
-def share_gradients(model: nn.Module, when: bool) -> AbstractContextManager:
-    """DDP adds the ranks' gradients up in the last backward pass of a step, not in those before."""
-    if when or not isinstance(model, DistributedDataParallel):
-        return nullcontext()
-    return model.no_sync()
-
-
-def add_share(means: dict[str, Tensor], values: dict[str, Tensor], parts: int) -> None:
-    for name, value in values.items():
-        means[name] = means.get(name, 0.0) + value.detach() / parts
 
 
 class Verdict(NamedTuple):

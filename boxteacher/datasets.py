@@ -29,7 +29,7 @@ def make_train_set(cfg: Config) -> CocoDataset:
     geometry = Geometry(cfg.train_sizes, cfg.train_max_size, cfg.train_scales, cfg.crop, cfg.flip)
     if cfg.dataset == "shapes":
         seed = 2 * cfg.seed + 1  # odd seeds: training; 0: validation, the same for every run
-        coco = make_shapes_coco(seed, cfg.shapes_train, cfg.shapes_size)
+        coco = make_shapes_coco(seed, cfg.shapes_train, cfg.shapes_size) | {"json_path": "shapes"}
         paint = load_shapes_image(seed, cfg.shapes_size)
         # painted once: a small run sees each image several times, and painting costs like training
         load_image = functools.partial(_kept, [paint(entry) for entry in coco["images"]])
@@ -57,7 +57,7 @@ def make_val_set(cfg: Config) -> CocoDataset:
     scales = (cfg.test_scale,) if cfg.test_scale else ()
     geometry = Geometry((cfg.test_size,), cfg.test_max_size, scales, crop=0, flip=False)
     if cfg.dataset == "shapes":
-        coco = make_shapes_coco(0, cfg.shapes_val, cfg.shapes_size)
+        coco = make_shapes_coco(0, cfg.shapes_val, cfg.shapes_size) | {"json_path": "shapes"}
         load_image = load_shapes_image(0, cfg.shapes_size)
     else:
         coco = read_coco(cfg.val_json, cfg.val_images)
