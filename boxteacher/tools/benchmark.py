@@ -69,13 +69,13 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def median_seconds(run: Callable[[], Any], steps: int, warmup: int, device: torch.device) -> float:
+def time_each(run: Callable, steps: int, warmup: int, device: torch.device) -> list[float]:
     seconds = []
     for _ in range(warmup + steps):
         started = clock(device)
         run()
         seconds.append(clock(device) - started)
-    return statistics.median(seconds[warmup:])
+    return seconds[warmup:]
 
 
 def peak_memory_mib(device: torch.device) -> float:
@@ -90,7 +90,7 @@ def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
     """FLOP/s of a large square matrix product: what the machine reaches at its best."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(2, n, n, device=device).to(dtype)
-    return 2 * n**3 / median_seconds(lambda: a @ b, steps=5, warmup=2, device=device)
+    return 2 * n**3 / min(time_each(lambda: a @ b, steps=10, warmup=2, device=device))
 
 
 # --- synthetic weights, images and boxes ----------------------------------------------------------
@@ -182,7 +182,7 @@ def measure_inference(
             found[:] = network.predict(images, sizes, sizes)
 
     network.eval()
-    seconds = median_seconds(predict, steps, warmup, device)
+    seconds = statistics.median(time_each(predict, steps, warmup, device))
     network.train()
     return {"seconds": seconds, "images_per_s": 1 / seconds, "detections": len(found[0].scores)}
 
@@ -248,7 +248,7 @@ def measure_training(
     seconds = statistics.median(sum(lap.values()) for lap in laps[warmup:])
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        seconds = median_seconds(step, steps, 2, device)
+        seconds = statistics.median(time_each(step, steps, 2, device))
     return {"seconds": seconds, "parts": parts}
 
 
