@@ -173,7 +173,7 @@ def train(
         aspect_grouping=cfg.aspect_grouping,
         parts=cfg.accumulate,
     )
-    autocast = torch.autocast(device.type, torch.bfloat16, cfg.amp and device.type == "cuda")
+    autocast = torch.autocast(device.type, torch.bfloat16, cfg.dtype == "bfloat16")
     colors = torch.Generator()
     log = RunLog(out / "metrics.jsonl", state.step, cfg.steps, cfg.log_every, cfg.batch_size)
     tables: dict[str, Any] = {}
@@ -246,6 +246,16 @@ def train(
     return tables
 
 
+def settle(cfg: Config, device: torch.device) -> Config:
+    """What "auto" means on this device."""
+    dtype, compiled = ("bfloat16", "on") if device.type == "cuda" else ("float32", "off")
+    return dataclasses.replace(
+        cfg,
+        dtype=dtype if cfg.dtype == "auto" else cfg.dtype,
+        compile=compiled if cfg.compile == "auto" else cfg.compile,
+    )
+
+
 def speed_up(cfg: Config, state: State, device: torch.device) -> nn.Module:
     """What makes a GPU fast stands here, outside the model. Returns the student to call, wrapped
     for its ranks.
@@ -257,7 +267,7 @@ def speed_up(cfg: Config, state: State, device: torch.device) -> nn.Module:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     for network in filter(None, (state.student, state.teacher)):
         network.to(memory_format=torch.channels_last)
-        if cfg.compile and device.type == "cuda":
+        if cfg.compile == "on":
             compile_parts(network)
     if distributed.world_size() == 1:
         return state.student
@@ -384,6 +394,7 @@ def main() -> None:
     started = time.perf_counter()
     cfg = parse(sys.argv[1:])
     device = distributed.init_distributed(cfg.device)
+    cfg = settle(cfg, device)
     processes = distributed.world_size()
     if cfg.batch_size % (processes * cfg.accumulate):
         raise ConfigError(

@@ -118,8 +118,8 @@ class Config:
 
     # --- machine ------------------------------------------------------------
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    amp: bool = True  # bf16 autocast on GPUs
-    compile: bool = True  # torch.compile on GPUs
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of autocast; auto: bfloat16 on GPUs
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on GPUs
     checkpoint_every: int = 5000
     log_every: int = 20
     init: str = ""  # a checkpoint to start from (weights only)

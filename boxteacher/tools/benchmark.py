@@ -1,8 +1,7 @@
 """How fast it is, where the time goes, and how far that is from what the machine could do.
 
     python -m boxteacher.tools.benchmark [PRESET] [--field value ...] [--batch B] [--size HxW]
-        [--boxes G] [--dtype float32|bfloat16] [--compile|--no-compile] [--steps N]
-        [--only data|inference|train] [--profile trace.json]
+        [--boxes G] [--steps N] [--only data|inference|train] [--profile trace.json]
 
 Measures data loading alone, inference, and the training step with its parts; prints one JSON line
 for each and a table. Fields are those of train.py (`--teacher-size 0`, `--device cpu`, ...).
@@ -276,8 +275,6 @@ def read_arguments(argv: Sequence[str]) -> tuple[Config, argparse.Namespace]:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--size", type=size, default=(512, 640))
     parser.add_argument("--boxes", type=int, default=8)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"))
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction)
     parser.add_argument("--steps", type=int, default=0)
     parser.add_argument("--only", choices=PARTS)
     parser.add_argument("--profile", default="")
@@ -317,14 +314,14 @@ def main(argv: Sequence[str]) -> dict[str, dict[str, Any]]:
     device = init_distributed(cfg.device)
     on_gpu = device.type == "cuda"
     steps, warmup = options.steps or (20 if on_gpu else 3), 5 if on_gpu else 1
-    do_compile = on_gpu and cfg.compile if options.compile is None else options.compile
-    dtype = getattr(torch, options.dtype or ("bfloat16" if cfg.amp and on_gpu else "float32"))
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    cfg = train.settle(cfg, device)
+    dtype = getattr(torch, cfg.dtype)
+    autocast = torch.autocast(device.type, torch.bfloat16, dtype == torch.bfloat16)
     wanted = [options.only] if options.only else PARTS
     setting = {
         **{name: getattr(cfg, name) for name in ("preset", "mode", "backbone", "teacher_size")},
         **{"batch": cfg.batch_size, "size": options.size, "boxes": options.boxes, "steps": steps},
-        **{"dtype": str(dtype).removeprefix("torch."), "compile": do_compile},
+        **{"dtype": cfg.dtype, "compile": cfg.compile == "on"},
         "device": torch.cuda.get_device_name(device) if on_gpu else platform.machine(),
         **{"threads": torch.get_num_threads(), "cpus": os.cpu_count(), "torch": torch.__version__},
     }
@@ -345,10 +342,7 @@ def main(argv: Sequence[str]) -> dict[str, dict[str, Any]]:
 
     # in plain torch: what is compiled hides its operations
     flops = count_flops(step, state.teacher) if "train" in wanted else {}
-    model = train.speed_up(dataclasses.replace(cfg, compile=do_compile), state, device)
-    if do_compile and not on_gpu:  # training does so on GPUs only
-        for network in filter(None, (state.student, state.teacher)):
-            train.compile_parts(network)
+    model = train.speed_up(cfg, state, device)
     peak = matmul_peak(dtype, device)
     if "inference" in wanted:
         report("inference", measure_inference(state.judged, batch, autocast, steps, warmup))
