@@ -10,6 +10,7 @@ import functools
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -68,8 +69,8 @@ class ResNet(nn.Module):
         deformable: bool = False,
     ) -> None:
         super().__init__()
-        if name == "resnet10":  # one block per stage, for small machines; torchvision has no name
-            net = torchvision.models.ResNet(BasicBlock, [1, 1, 1, 1], norm_layer=NORMS[norm])
+        if name == "resnet10_half":
+            net = HalfResNet(BasicBlock, [1, 1, 1, 1], norm_layer=NORMS[norm])
         else:
             net = torchvision.models.get_model(name, weights=None, norm_layer=NORMS[norm])
         if state_dict is not None:
@@ -77,8 +78,8 @@ class ResNet(nn.Module):
         self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
         self.layer1, self.layer2 = net.layer1, net.layer2
         self.layer3, self.layer4 = net.layer3, net.layer4
-        expansion = net.layer4[-1].expansion
-        self.out_channels = [128 * expansion, 256 * expansion, 512 * expansion]
+        widest = net.layer4[0].conv1.out_channels * net.layer4[0].expansion
+        self.out_channels = [widest // 4, widest // 2, widest]
         for stage in (self.layer2, self.layer3, self.layer4):
             if stride_in_1x1:
                 stage[0].conv1.stride, stage[0].conv2.stride = (2, 2), (1, 1)
@@ -92,6 +93,13 @@ class ResNet(nn.Module):
         p3 = self.layer2(self.layer1(self.stem(images)))
         p4 = self.layer3(p3)
         return {"p3": p3, "p4": p4, "p5": self.layer4(p4)}
+
+
+class HalfResNet(torchvision.models.ResNet):
+    """Stages half as wide (32, 64, 128, 256) behind the usual stem: for small machines."""
+
+    def _make_layer(self, block: type[nn.Module], planes: int, *args: Any, **kw: Any) -> nn.Module:
+        return super()._make_layer(block, planes // 2, *args, **kw)
 
 
 class DeformableConv(DeformConv2d):
@@ -270,7 +278,7 @@ def pretrained_state_dict(
         return state_dict
     try:
         return torchvision.models.get_model_weights(name).DEFAULT.get_state_dict(progress=False)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # no network; no weights of that name
         raise WeightsError(
             f"cannot download ImageNet weights of {name} ({error}): give a local file with "
             "--backbone-weights FILE, or train from scratch with --pretrained false --norm bn "

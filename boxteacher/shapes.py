@@ -25,8 +25,8 @@ CLASS_NAMES = ("star", "ring", "crescent", "cross", "triangle", "blob")
 
 SIDES = (0.16, 0.96)  # longer side of an object's box as a share of S, log-uniform: a 1:6 range
 OBJECTS = (2, 6)  # objects tried per image; one that finds no room is left out
-MIN_VISIBLE = 0.4  # share of every object that stays visible in the end
-MIN_INSIDE = 0.75  # share of every object that lies inside the image
+MIN_VISIBLE = 0.6  # share of every object that stays visible in the end
+MIN_INSIDE = 0.85  # share of every object that lies inside the image
 MIN_CONTRAST = 30.0  # Lab distance that an object's colour should keep from what surrounds it
 SUPERSAMPLING = 4  # edges are antialiased by drawing this much larger
 
@@ -48,20 +48,20 @@ def _outlines(name: str, rng: np.random.Generator) -> list[np.ndarray]:
     turn = np.linspace(0, 2 * np.pi, 64, endpoint=False)
     if name == "star":
         spikes = int(rng.integers(5, 7))
-        radius = np.where(np.arange(2 * spikes) % 2, rng.uniform(0.5, 0.6), 1.0)
+        radius = np.where(np.arange(2 * spikes) % 2, rng.uniform(0.58, 0.68), 1.0)
         return [_polar(radius, np.arange(2 * spikes) * np.pi / spikes)]
     if name == "ring":
-        return [_polar(1.0, turn), _polar(rng.uniform(0.38, 0.52), turn)]
+        return [_polar(1.0, turn), _polar(rng.uniform(0.36, 0.5), turn)]
     if name == "crescent":
         # The unit disc minus a disc of radius r at (d, 0); the circles meet at the tips.
-        r, d = rng.uniform(0.65, 0.78), rng.uniform(0.55, 0.65)
+        r, d = rng.uniform(0.6, 0.74), rng.uniform(0.6, 0.7)
         tip = np.arccos((1 + d * d - r * r) / (2 * d))
         inner_tip = np.pi - np.arccos(np.clip((r * r + d * d - 1) / (2 * r * d), -1, 1))
         outer = _polar(1.0, np.linspace(tip, 2 * np.pi - tip, 48))
         inner = _polar(r, np.linspace(2 * np.pi - inner_tip, inner_tip, 48)) + np.array([d, 0])
         return [np.concatenate([outer, inner])]
     if name == "cross":
-        w = rng.uniform(0.3, 0.4)
+        w = rng.uniform(0.38, 0.48)
         arm = np.array([(1, -w), (1, w), (w, w)])
         quarter_turn = np.array([(0, 1), (-1, 0)])
         turns = (np.linalg.matrix_power(quarter_turn, k) for k in range(4))
@@ -70,7 +70,7 @@ def _outlines(name: str, rng: np.random.Generator) -> list[np.ndarray]:
         return [_polar(1.0, np.arange(3) * 2 * np.pi / 3 + rng.uniform(-0.3, 0.3, 3))]
     if name == "blob":
         radius = np.ones_like(turn)
-        for lobes, strength in ((2, 0.3), (3, 0.3), (4, 0.12), (5, 0.08)):
+        for lobes, strength in ((2, 0.25), (3, 0.3), (4, 0.12), (5, 0.08)):
             wave = np.cos(lobes * turn + rng.uniform(0, 2 * np.pi))
             radius += strength * rng.uniform(0.5, 1) * wave
         return [_polar(radius, turn)]
@@ -167,11 +167,11 @@ def _random_color(
     rng: np.random.Generator, chroma: tuple[float, float], label: int | None = None
 ) -> np.ndarray:
     """A Lab colour [3] of medium lightness, chroma in the given range, and any hue, or one of the
-    class's: a quarter of the circle, which overlaps those of other classes by half.
+    class's: a fifth of the circle, which overlaps those of other classes by a third.
     """
     hue = rng.uniform(0, 2 * np.pi)
     if label is not None:
-        hue = 2 * np.pi * (label + rng.uniform(-0.75, 0.75)) / len(CLASS_NAMES)
+        hue = 2 * np.pi * (label + rng.uniform(-0.6, 0.6)) / len(CLASS_NAMES)
     strength = rng.uniform(*chroma)
     return np.array(
         [rng.uniform(30, 85), strength * np.cos(hue), strength * np.sin(hue)], np.float32
@@ -208,14 +208,16 @@ def _smooth_noise(rng: np.random.Generator, h: int, w: int, cell: float) -> np.n
     return np.asarray(Image.fromarray(coarse).resize((w, h), Image.Resampling.BICUBIC))
 
 
-def _fill(color: np.ndarray, h: int, w: int, unit: float, rng: np.random.Generator) -> np.ndarray:
-    """A shaded, textured surface around `color` [3], Lab [h, w, 3]; `unit` is S/128 pixels."""
+def _fill(color: np.ndarray, h: int, w: int, rng: np.random.Generator) -> np.ndarray:
+    """A shaded, textured surface around `color` [3], Lab [h, w, 3]. Textures are of a few pixels:
+    finer than the grid on which colours are compared, by their means over 4 x 4 pixels.
+    """
     y = (np.arange(h, dtype=np.float32) - h / 2)[:, None]
     x = (np.arange(w, dtype=np.float32) - w / 2)[None, :]
     angle = rng.uniform(0, 2 * np.pi)
     cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
     u, v = x * cos + y * sin, y * cos - x * sin
-    k = np.float32(2 * np.pi / (unit * rng.uniform(3, 6)))
+    k = np.float32(2 * np.pi / rng.uniform(3, 6))
     kind = rng.choice(["plain", "stripes", "dots", "checks", "noise"])
     if kind == "stripes":
         pattern = np.tanh(2.5 * np.sin(k * u))
@@ -224,10 +226,10 @@ def _fill(color: np.ndarray, h: int, w: int, unit: float, rng: np.random.Generat
     elif kind == "checks":
         pattern = np.tanh(3 * np.sin(k * u) * np.sin(k * v))
     elif kind == "noise":
-        pattern = _smooth_noise(rng, h, w, unit * rng.uniform(1, 2.5))
+        pattern = _smooth_noise(rng, h, w, rng.uniform(1, 2.5))
     else:
         pattern = np.zeros((h, w), np.float32)
-    contrast = rng.uniform(2, 8)
+    contrast = rng.uniform(2, 6)
     tone = contrast * np.array([1, *rng.uniform(-0.6, 0.6, 2)], np.float32)
     shade = v * np.float32(2 * rng.uniform(1, 9) / max(h, w))
     surface = color + pattern[..., None] * tone
@@ -235,23 +237,24 @@ def _fill(color: np.ndarray, h: int, w: int, unit: float, rng: np.random.Generat
     return surface
 
 
-def _background(size: int, unit: float, rng: np.random.Generator) -> np.ndarray:
+def _background(size: int, rng: np.random.Generator) -> np.ndarray:
     """A textured surface with drifting colour and unlabelled lines and specks; Lab [S, S, 3]."""
-    lab = _fill(_random_color(rng, (0, 30)), size, size, unit, rng)
+    unit = size / 128
+    lab = _fill(_random_color(rng, (0, 30)), size, size, rng)
     drift = rng.normal(0, 3, 3).astype(np.float32)
     lab += _smooth_noise(rng, size, size, size / 3)[..., None] * drift
-    for _ in range(rng.integers(1, 4)):  # each round: one colour
+    for _ in range(rng.integers(1, 3)):  # each round: one colour
         canvas = Image.new("L", (2 * size, 2 * size))
         draw = ImageDraw.Draw(canvas)
-        for _ in range(rng.integers(0, 4)):
+        for _ in range(rng.integers(0, 3)):
             ends = rng.uniform(0, 2 * size, 4).tolist()
             draw.line(ends, fill=255, width=max(1, round(unit * rng.uniform(1, 4))))
-        for _ in range(rng.integers(0, 10)):
+        for _ in range(rng.integers(0, 7)):
             x, y = rng.uniform(0, 2 * size, 2)
             r = unit * rng.uniform(1, 4)
             draw.ellipse((x - r, y - r, x + r, y + r), fill=255)
         opacity = np.asarray(canvas.reduce(2), np.float32)[..., None] / 255
-        lab += opacity * (_random_color(rng, (0, 60)) - lab)
+        lab += opacity * (_random_color(rng, (0, 35)) - lab)
     return lab
 
 
@@ -280,15 +283,14 @@ def make_shapes_image(
     _check(seed, index, size)
     patches, masks, labels = _layout(seed, index, size)
     rng = np.random.default_rng([seed, index, 1])
-    unit = size / 128
-    lab = _background(size, unit, rng)
+    lab = _background(size, rng)
     used: list[np.ndarray] = []
     for label, ((rows, columns), opacity) in zip(labels.tolist(), patches, strict=True):
         below = lab[rows, columns]
         around = below[opacity < 0.5][::7]
         color = _object_color(label, around, used, rng)
         used.append(color)
-        below += opacity[..., None] * (_fill(color, *opacity.shape, unit, rng) - below)
+        below += opacity[..., None] * (_fill(color, *opacity.shape, rng) - below)
     lab[..., 0] += rng.standard_normal((size, size), np.float32) * 1.5  # camera noise
     return _lab_to_rgb(lab), masks, labels
 

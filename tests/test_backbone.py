@@ -19,7 +19,12 @@ def weights():
 
 
 @pytest.mark.parametrize(
-    ("name", "channels"), [("resnet18", [128, 256, 512]), ("resnet50", [512, 1024, 2048])]
+    ("name", "channels"),
+    [
+        ("resnet10_half", [64, 128, 256]),
+        ("resnet18", [128, 256, 512]),
+        ("resnet50", [512, 1024, 2048]),
+    ],
 )
 def test_shapes(name, channels):
     body = ResNet(name, "frozen_bn", 2, None)
@@ -148,6 +153,11 @@ def test_weights_with_missing_unknown_or_misshapen_entries(weights):
     refused(lambda: ResNet("resnet18", "bn", 2, more), "head.weight")
     bad = {**weights, "conv1.weight": torch.zeros(64, 1, 7, 7)}
     refused(lambda: ResNet("resnet18", "bn", 2, bad), "conv1.weight")
+
+
+def test_a_network_without_published_weights_says_how_to_go_on():
+    words = ("resnet10_half", "--backbone-weights", "--pretrained false")
+    refused(lambda: pretrained_state_dict("resnet10_half"), *words)
 
 
 def test_download_that_fails_says_how_to_go_on(monkeypatch):

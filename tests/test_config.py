@@ -75,7 +75,9 @@ def test_coco_recipes_are_the_published_ones():
 def test_mode_brings_its_recipe_unless_overruled():
     cfg = parse(["shapes", "--mode", "condinst", "--mask-channels", "12"])
     assert (cfg.mode, cfg.mask_channels, cfg.max_mask_locations) == ("condinst", 12, 500)
-    assert parse(["shapes", "--mode", "boxinst"]).student_augmentation == "none"
+    from_teacher = parse(["coco_boxteacher_r50_1x", "--mode", "boxinst"])
+    assert replace(from_teacher, preset="") == replace(parse(["coco_boxinst_r50_1x"]), preset="")
+    assert parse(["shapes", "--mode", "boxinst"]) == replace(parse(["shapes"]), mode="boxinst")
     assert parse(["shapes", "--mode", "boxteacher"]) == parse(["shapes"])
 
 

@@ -42,12 +42,14 @@ def make_model(mode: str) -> CondInst:
     return build_model(parse([*TINY.split(), "--mode", mode]), num_classes=3).train()
 
 
-def make_batch(device: str, height: int = 64, width: int = 96) -> tuple[Batch, PseudoMasks]:
-    """Two images with 3 and 2 boxes in 8 slots, and pseudo masks for all of them."""
-    corners = torch.arange(2 * 8 * 2, device=device).view(2, 8, 2) % 23
+def make_batch(
+    device: str, height: int = 64, width: int = 96, slots: int = 8
+) -> tuple[Batch, PseudoMasks]:
+    """Two images with 3 boxes each, and pseudo masks for all slots."""
+    corners = torch.arange(2 * slots * 2, device=device).view(2, slots, 2) % 23
     boxes = torch.cat((corners, corners + 25), dim=-1).float()
-    valid = torch.arange(8, device=device) < torch.full((2, 1), 3, device=device)
-    masks = torch.ones(2, 8, height // 4, width // 4, dtype=torch.bool, device=device)
+    valid = torch.arange(slots, device=device) < torch.full((2, 1), 3, device=device)
+    masks = torch.ones(2, slots, height // 4, width // 4, dtype=torch.bool, device=device)
     images = torch.arange(2 * 3 * height * width, device=device).remainder(251).to(torch.uint8)
     batch = Batch(
         images=images.view(2, 3, height, width),
@@ -61,7 +63,7 @@ def make_batch(device: str, height: int = 64, width: int = 96) -> tuple[Batch, P
         cut_rows=[0, 3],
         image_ids=[1, 2],
     )
-    return batch, PseudoMasks(masks, torch.full((2, 8), 0.7, device=device))
+    return batch, PseudoMasks(masks, torch.full((2, slots), 0.7, device=device))
 
 
 def student_losses(model: CondInst, batch: Batch, pseudo: PseudoMasks) -> Tensor:
@@ -191,7 +193,8 @@ def test_compiled_losses_and_gradients_are_the_same(backend):
 
 
 def count_graphs(device: str, steps: int, **options: object) -> int:
-    """How often student and teacher are compiled in a run where images vary both ways."""
+    """How often student and teacher are compiled in a run where images vary both ways, and numbers
+    of boxes as they are padded (data.collate)."""
     torch._dynamo.reset()
     counters.clear()
     student, teacher = make_model("boxteacher").to(device), make_model("boxteacher").to(device)
@@ -200,7 +203,8 @@ def count_graphs(device: str, steps: int, **options: object) -> int:
         train.compile_parts(network, **options)
     sides = random.Random(0)
     for _ in range(steps):
-        batch, pseudo = make_batch(device, *(32 * sides.randrange(8, 13) for _ in range(2)))
+        height, width = (32 * sides.randrange(8, 13) for _ in range(2))
+        batch, pseudo = make_batch(device, height, width, sides.choice([8, 16, 32, 64, 128]))
         with torch.no_grad():
             teacher.encode(teacher.normalize(batch.images, batch.sizes))
         student_losses(student, batch, pseudo).backward()

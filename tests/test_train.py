@@ -435,17 +435,17 @@ def test_help_and_list_print_and_end():
 
 
 def write_diamonds(folder: Path, name: str, seed: int, count: int, masks: bool) -> list[str]:
-    """One or two plain diamonds per image of 64 x 64: half of its box, so that only colours tell.
+    """One or two plain diamonds per image of 128 x 128: half of its box, so that only colours tell.
     Returns train.py's options for them.
     """
-    rng, size = np.random.default_rng(seed), 64
+    rng, size = np.random.default_rng(seed), 128
     images, annotations = [], []
     (folder / name).mkdir()
     for image_id in range(1, count + 1):
         background = rng.uniform(0, 255, 3)
         pixels, taken = np.tile(background, (size, size, 1)), np.zeros((size, size), dtype=bool)
         for _ in range(2):
-            height, width = rng.integers(24, 48, 2).tolist()
+            height, width = rng.integers(48, 96, 2).tolist()
             top, left = rng.integers(size - height + 1), rng.integers(size - width + 1)
             window = (slice(top, top + height), slice(left, left + width))
             if taken[window].any():
