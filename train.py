@@ -268,7 +268,8 @@ def speed_up(cfg: Config, state: State, device: torch.device) -> nn.Module:
     for network in filter(None, (state.student, state.teacher)):
         network.to(memory_format=torch.channels_last)
         if cfg.compile == "on":
-            compile_parts(network)
+            varies = not cfg.crop and (cfg.dataset == "coco" or len(set(cfg.train_sizes)) > 1)
+            compile_parts(network, dynamic=varies or None)
     if distributed.world_size() == 1:
         return state.student
     ids = [device.index] if device.type == "cuda" else None
@@ -276,9 +277,10 @@ def speed_up(cfg: Config, state: State, device: torch.device) -> nn.Module:
 
 
 def compile_parts(network: CondInst, **options: Any) -> None:
-    """In place, so that names in checkpoints stay. A part is compiled for the first image size, and
-    again when its height and its width are seen to vary. `forward`, not the module: modules share
-    one code object, to which torch may count the recompilations of all parts.
+    """In place, so that names in checkpoints stay. Where image sizes vary, `dynamic=True` makes them
+    symbols from the start: left to find that out level by level, torch compiles the head more often
+    than it allows itself, student and teacher together, and then stops compiling it. `forward`, not
+    the module: all modules share one code object, and that limit is for each code object.
     """
     for part in (network.backbone, network.head, network.mask_branch):
         part.forward = torch.compile(part.forward, **options)

@@ -184,6 +184,8 @@ def _check_preset(fields: Mapping[str, Any], config: Config, what: str) -> None:
 
 def export_official(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """The inverse of `import_official`: a checkpoint's weights and counters, by published names."""
+    if state["config"]["size_unit"] != 64:
+        raise CheckpointError("only models with size_unit=64 have published names")
     networks = {part: state[part] for part in ("teacher", "student") if state[part] is not None}
     iterations = state.get("iterations", {"student": state["step"]})
     weights: dict[str, Tensor] = {}

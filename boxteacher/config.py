@@ -176,10 +176,11 @@ PRESETS: dict[str, Preset] = {
         | dict(
             dataset="shapes",
             shapes_size=192,
-            train_sizes=(192,),
+            train_sizes=(128, 144, 160, 176, 192),  # the teacher sees the largest, as on COCO
+            teacher_size=192,
             train_max_size=192,
-            test_size=192,
-            test_max_size=192,
+            test_size=208,
+            test_max_size=208,
             size_unit=48,
             max_mask_locations=16,
         ),
@@ -192,12 +193,14 @@ PRESETS: dict[str, Preset] = {
             train_images="../shared/data/nuclei/images/train",
             val_json="../shared/data/nuclei/annotations/instances_val.json",
             val_images="../shared/data/nuclei/images/val",
-            train_scales=(1.6, 2.0, 2.5),  # half of the nuclei have a side under 20 pixels
+            train_scales=(1.5, 1.75, 2.0),  # half of the nuclei have a side under 20 pixels
             train_max_size=4096,
             test_scale=2.0,
             test_max_size=4096,
             crop=192,
+            teacher_size=224,
             size_unit=32,
+            steps=1000,
             max_detections=1000,
         ),
         "here: 43.0 mask AP, with strong student augmentation",

@@ -136,6 +136,10 @@ def test_boxteacher_file_to_checkpoint_and_back(tmp_path):
     assert state["category_ids"][-2:] == [89, 90]
     save_checkpoint(tmp_path / "ours.pt", state)
     assert_same(export_official(load_checkpoint(tmp_path / "ours.pt")), weights)
+    other = state | {"config": state["config"] | {"size_unit": 32}}  # published: a constant
+    assert "size_unit=64" in refusal(export_official, other)
+    shorter = {n: v for n, v in state["student"].items() if "mask_branch.tower.3" not in n}
+    assert "mask_branch_convs=4" in refusal(export_official, state | {"student": shorter})
     model = published_model("boxteacher", "r50")
     init = Config(**state["config"] | {"init": str(tmp_path / "in.pth")})
     load_initial_weights(model, init)
