@@ -277,10 +277,10 @@ def speed_up(cfg: Config, state: State, device: torch.device) -> nn.Module:
 
 
 def compile_parts(network: CondInst, **options: Any) -> None:
-    """In place, so that names in checkpoints stay. Where image sizes vary, `dynamic=True` makes them
-    symbols from the start: left to find that out level by level, torch compiles the head more often
-    than it allows itself, student and teacher together, and then stops compiling it. `forward`, not
-    the module: all modules share one code object, and that limit is for each code object.
+    """In place, so that names in checkpoints stay. Where images vary, `dynamic=True` makes their
+    sizes symbols from the start: left to find that out level by level, torch compiles the head more
+    often than it allows itself, student's and teacher's together, and then no longer compiles it.
+    `forward`, not the module: all modules share one code object, and the limit is for each of them.
     """
     for part in (network.backbone, network.head, network.mask_branch):
         part.forward = torch.compile(part.forward, **options)

@@ -29,8 +29,8 @@ TRAIN = str(Path(__file__).parents[1] / "train.py")
 NETWORK = """--fpn-channels 64 --tower-convs 1 --mask-branch-channels 16 --mask-branch-convs 1
     --device cpu --workers 0""".split()
 TINY = """--norm gn --mask-norm gn --shapes-size 64 --shapes-train 16 --shapes-val 3
-    --train-sizes 64 --train-max-size 64 --test-size 64 --test-max-size 64 --batch-size 4 --steps 2
-    --log-every 1""".split()
+    --train-sizes 64 --train-max-size 64 --test-size 64 --test-max-size 64 --teacher-size 0
+    --batch-size 4 --steps 2 --log-every 1""".split()
 TINY = ["shapes", *NETWORK, *TINY]
 FILES = {"config.json", "contact_sheet.png", "last.pt", "metrics.jsonl", "results.json"}
 
@@ -319,10 +319,8 @@ def write_coco(folder: Path, name: str, seed: int, count: int, size: int, masks:
 
 def options_for(size: int) -> list[str]:
     """A preset for files, with nothing of nuclei left in it."""
-    words = (
-        f"nuclei --train-scales= --test-scale 0 --crop 0 --max-detections 30 --train-sizes {size}"
-    )
-    words += f" --train-max-size {size} --test-size {size} --test-max-size {size}"
+    words = f"""nuclei --train-scales= --test-scale 0 --crop 0 --max-detections 30 --teacher-size 0
+        --train-sizes {size} --train-max-size {size} --test-size {size} --test-max-size {size}"""
     return [*words.split(), *NETWORK]
 
 
@@ -471,17 +469,17 @@ def write_diamonds(folder: Path, name: str, seed: int, count: int, masks: bool) 
     return [f"--{name}-json", str(folder / f"{name}.json"), f"--{name}-images", str(folder / name)]
 
 
-def test_a_detector_is_learned_from_boxes_alone(tmp_path):
-    """Box AP was 83 in three runs like this (boxteacher and boxinst, size units 32 and 64). Masks
-    want more steps than a test has: their AP is then still under 1.
+def test_boxes_and_masks_are_learned_from_boxes_alone(tmp_path):
+    """A run like this reached mask AP 44, AP50 90, box AP 87. A filled box has an IoU of one half
+    with its diamond, so filled boxes, the masks before any are learned, have an AP of 10 at most.
     """
     files = write_diamonds(tmp_path, "train", 1, 400, masks=False)
     files += write_diamonds(tmp_path, "val", 2, 60, masks=True)
-    words = """--mode boxteacher --steps 300 --batch-size 8 --optimizer adamw --lr 1e-3 --norm bn
-        --warmup-steps 20 --weak-warmup-steps 60 --ema-momentum 0.95 --mask-branch-channels 32
-        --student-augmentation weak --size-unit 64""".split()
-    ended = train(*options_for(64), *files, *words, "--out", tmp_path / "out")
+    words = """--mode boxteacher --steps 250 --batch-size 8 --warmup-steps 20 --weak-warmup-steps 60
+        --ema-momentum 0.95 --mask-branch-channels 64 --max-mask-locations 16""".split()
+    ended = train(*options_for(128), *files, *words, "--out", tmp_path / "out")
     assert ended.code == 0, ended.err
     tables = metrics(tmp_path / "out")[-1]["evaluation"]
     assert tables["bbox"]["AP"] > 60
-    assert tables["bbox"]["AP75"] > 60
+    assert tables["segm"]["AP"] > 25
+    assert tables["segm"]["AP50"] > 70
