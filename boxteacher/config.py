@@ -175,7 +175,6 @@ PRESETS: dict[str, Preset] = {
         _SMALL
         | dict(
             dataset="shapes",
-            shapes_size=192,
             train_sizes=(128, 144, 160, 176, 192),  # the teacher sees the largest, as on COCO
             teacher_size=192,
             train_max_size=192,

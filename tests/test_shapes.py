@@ -16,7 +16,7 @@ from pycocotools.cocoeval import COCOeval
 
 from boxteacher import shapes
 
-SIZE = 128
+SIZE = 192
 
 
 @pytest.fixture(scope="module")
