@@ -409,7 +409,7 @@ def main() -> None:
         raise DataError(f"{val_set.name}: its categories are not those of {train_set.name}")
     distributed.barrier()  # all ranks have chosen a folder before rank 0 creates it
     if distributed.is_main():
-        notes = warnings(cfg)
+        notes = warnings(cfg) + train_set.notes
         try:
             require_masks(val_set.coco, val_set.name)
         except NoMasksError as error:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -207,7 +206,7 @@ class Batch:
 class CocoDataset(Dataset):
     """The images of a checked COCO dict, each seen through a View drawn from the geometry.
 
-    Crowd annotations are dropped; training leaves out images without a box; it warns how many.
+    Crowd annotations are dropped; training leaves out images without a box; `notes` say how many.
     with_masks: true masks, where annotations have them. mask_centers (CondInst): all have them,
     and `centers` are their centroids. bottom_rows: see Batch.cut_rows, here of the original image.
     Items are indexed by (index, key), the key making the draw, or by a plain index. Testing wants
@@ -243,8 +242,7 @@ class CocoDataset(Dataset):
                 )
             of_image[annotation["image_id"]].append(annotation)
         self.images = [image for image in coco["images"] if of_image[image["id"]] or not train]
-        if train:
-            self._report_left_out()
+        self.notes = self._left_out() if train else []
 
         # Arrays, since Python objects that a worker touches are copied into it, one by one.
         label_of = {category_id: label for label, category_id in enumerate(self.category_ids)}
@@ -258,14 +256,13 @@ class CocoDataset(Dataset):
             self.labels.append(np.array(labels, dtype=np.int64))
         self.annotations = [of_image[i["id"]] for i in self.images] if with_masks else None
 
-    def _report_left_out(self) -> None:
+    def _left_out(self) -> list[str]:
         if not self.images:
             raise DataError(f"{self.name}: field 'annotations': no image has a box to train on")
         empty = len(self.coco["images"]) - len(self.images)
         crowds = sum(bool(annotation.get("iscrowd")) for annotation in self.coco["annotations"])
-        for count, what in ((empty, "images without a box"), (crowds, "crowd annotations")):
-            if count:
-                warnings.warn(f"{self.name}: training leaves out {count} {what}", stacklevel=3)
+        counts = ((empty, "images without a box"), (crowds, "crowd annotations"))
+        return [f"{self.name}: training leaves out {n} {what}" for n, what in counts if n]
 
     def __len__(self) -> int:
         return len(self.images)

@@ -31,20 +31,13 @@ def aligned_upsample(x: Tensor, factor: int) -> Tensor:
     height, width = x.shape[-2:]
     if x.shape[1] == 0:  # torch refuses to pad or to resize nothing
         return x.reshape(len(x), 0, factor * height, factor * width)
-    x = repeat_edge(repeat_edge(x, -2, after=1), -1, after=1)
-    size = (factor * height + 1, factor * width + 1)
+    for dim in (-2, -1):  # F.pad does so too, but compiled its backward fails: seen in torch 2.15
+        first, last = x.narrow(dim, 0, 1), x.narrow(dim, -1, 1)
+        x = torch.cat((first, x, last), dim)
+    size = (factor * (height + 1) + 1, factor * (width + 1) + 1)
     x = F.interpolate(x, size=size, mode="bilinear", align_corners=True)
-    half = factor // 2
-    x = repeat_edge(repeat_edge(x, -2, before=half), -1, before=half)
-    return x[..., : factor * height, : factor * width]
-
-
-def repeat_edge(x: Tensor, dim: int, before: int = 0, after: int = 0) -> Tensor:
-    """x longer by copies of its first and last slices. (F.pad does so too, but compiled for a CPU
-    its backward pass trips over channels_last: seen in torch 2.15.)
-    """
-    first, last = x.narrow(dim, 0, 1), x.narrow(dim, -1, 1)
-    return torch.cat((*[first] * before, x, *[last] * after), dim)
+    start = factor - factor // 2
+    return x[..., start : start + factor * height, start : start + factor * width]
 
 
 class MaskBranch(nn.Module):

@@ -316,7 +316,7 @@ class CondInst(nn.Module):
             assigned = assign_to_boxes(ious, order, iou_threshold, score_threshold, published)
             has_mask = (assigned >= 0).to(boxes.device)
             assigned = assigned.to(boxes.device).clamp(min=0)
-            sampled = (probs > mask_threshold)[:, 2::4, 2::4][assigned] & has_mask[:, None, None]
+            sampled = (probs[:, 2::4, 2::4] > mask_threshold)[assigned] & has_mask[:, None, None]
             pseudo.masks[n, :, : sampled.shape[1], : sampled.shape[2]] = sampled
             pseudo.weights[n] = torch.where(has_mask, trust[assigned], 0.0)
         return pseudo._replace(masks=pseudo.masks & losses.box_masks(batch.boxes, rows, columns))
