@@ -433,14 +433,14 @@ def test_help_and_list_print_and_end():
 
 
 def write_diamonds(folder: Path, name: str, seed: int, count: int, masks: bool) -> list[str]:
-    """One or two plain diamonds per image of 128 x 128: half of its box, so that only colours tell.
-    Returns train.py's options for them.
+    """One or two bright diamonds per dark image of 128 x 128: half of its box, so that only colours
+    tell. Returns train.py's options for them.
     """
     rng, size = np.random.default_rng(seed), 128
     images, annotations = [], []
     (folder / name).mkdir()
     for image_id in range(1, count + 1):
-        background = rng.uniform(0, 255, 3)
+        background = rng.uniform(0, 80, 3)
         pixels, taken = np.tile(background, (size, size, 1)), np.zeros((size, size), dtype=bool)
         for _ in range(2):
             height, width = rng.integers(48, 96, 2).tolist()
@@ -452,10 +452,7 @@ def write_diamonds(folder: Path, name: str, seed: int, count: int, masks: bool) 
             y, x = np.mgrid[:height, :width] + 0.5
             mask = np.zeros((size, size), dtype=bool)
             mask[window] = abs(y / height - 0.5) + abs(x / width - 0.5) <= 0.5
-            color = rng.uniform(0, 255, 3)
-            while abs(color - background).sum() < 200:
-                color = rng.uniform(0, 255, 3)
-            pixels[mask] = color
+            pixels[mask] = rng.uniform(150, 255, 3)
             annotation = dict(id=len(annotations) + 1, image_id=image_id, category_id=1)
             annotation["bbox"] = [int(left), int(top), width, height]
             if masks:
@@ -470,13 +467,16 @@ def write_diamonds(folder: Path, name: str, seed: int, count: int, masks: bool) 
 
 
 def test_boxes_and_masks_are_learned_from_boxes_alone(tmp_path):
-    """A run like this reached mask AP 44, AP50 90, box AP 87. A filled box has an IoU of one half
-    with its diamond, so filled boxes, the masks before any are learned, have an AP of 10 at most.
+    """Runs like this with seeds 0 to 3 reached mask AP 78.5, 78.6, 45.1, 79.0. A filled box has an IoU
+    of one half with its diamond, so filled boxes, the masks before any are learned, have an AP of
+    10 at most. (Masks lose the corners of their boxes one by one: 250 steps of a smaller network
+    with `weak_warmup_steps` 60 reached anything between 18 and 78.)
     """
     files = write_diamonds(tmp_path, "train", 1, 400, masks=False)
     files += write_diamonds(tmp_path, "val", 2, 60, masks=True)
-    words = """--mode boxteacher --steps 250 --batch-size 8 --warmup-steps 20 --weak-warmup-steps 60
-        --ema-momentum 0.95 --mask-branch-channels 64 --max-mask-locations 16""".split()
+    words = """--mode boxteacher --steps 350 --batch-size 8 --warmup-steps 20 --weak-warmup-steps 150
+        --ema-momentum 0.95 --tower-convs 2 --mask-branch-convs 2 --mask-branch-channels 64
+        --max-mask-locations 16""".split()
     ended = train(*options_for(128), *files, *words, "--out", tmp_path / "out")
     assert ended.code == 0, ended.err
     tables = metrics(tmp_path / "out")[-1]["evaluation"]
