@@ -467,16 +467,16 @@ def write_diamonds(folder: Path, name: str, seed: int, count: int, masks: bool) 
 
 
 def test_boxes_and_masks_are_learned_from_boxes_alone(tmp_path):
-    """Runs like this with seeds 0 to 3 reached mask AP 78.5, 78.6, 45.1, 79.0. A filled box has an IoU
-    of one half with its diamond, so filled boxes, the masks before any are learned, have an AP of
-    10 at most. (Masks lose the corners of their boxes one by one: 250 steps of a smaller network
+    """Runs like this with seeds 0 to 3 reached mask AP 78.5, 78.6, 45.1, 79.0. A filled box has an
+    IoU of one half with its diamond, so filled boxes, the masks before any are learned, have an AP
+    of 10 at most. (Masks lose the corners of their boxes one by one: 250 steps of a smaller network
     with `weak_warmup_steps` 60 reached anything between 18 and 78.)
     """
     files = write_diamonds(tmp_path, "train", 1, 400, masks=False)
     files += write_diamonds(tmp_path, "val", 2, 60, masks=True)
-    words = """--mode boxteacher --steps 350 --batch-size 8 --warmup-steps 20 --weak-warmup-steps 150
-        --ema-momentum 0.95 --tower-convs 2 --mask-branch-convs 2 --mask-branch-channels 64
-        --max-mask-locations 16""".split()
+    words = """--mode boxteacher --steps 350 --batch-size 8 --warmup-steps 20
+        --weak-warmup-steps 150 --ema-momentum 0.95 --tower-convs 2 --mask-branch-convs 2
+        --mask-branch-channels 64 --max-mask-locations 16""".split()
     ended = train(*options_for(128), *files, *words, "--out", tmp_path / "out")
     assert ended.code == 0, ended.err
     tables = metrics(tmp_path / "out")[-1]["evaluation"]
