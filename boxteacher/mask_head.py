@@ -36,7 +36,7 @@ def aligned_upsample(x: Tensor, factor: int) -> Tensor:
         x = torch.cat((first, x, last), dim)
     size = (factor * (height + 1) + 1, factor * (width + 1) + 1)
     x = F.interpolate(x, size=size, mode="bilinear", align_corners=True)
-    start = factor - factor // 2
+    start = factor - factor // 2  # x[..., 0] now stands at factor, and is to stand at factor // 2
     return x[..., start : start + factor * height, start : start + factor * width]
 
 

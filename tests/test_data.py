@@ -595,7 +595,8 @@ def test_masks_where_there_are_some():
     with pytest.raises(DataError, match=r"f\.json: annotation id 1: field 'segmentation'.*boxinst"):
         dataset(coco | {"json_path": "f.json"}, with_masks=True, mask_centers=True)
     coco["annotations"][0]["iscrowd"] = 1  # crowds need none
-    dataset(coco, with_masks=True, mask_centers=True)
+    (note,) = dataset(coco, with_masks=True, mask_centers=True).notes
+    assert "crowd" in note
 
 
 def test_broken_run_length_code_is_refused_by_annotation():
