@@ -1,7 +1,7 @@
 """Box and mask AP of a checkpoint:
 
     python evaluate.py --checkpoint runs/shapes/last.pt [--student] [--field value ...]
-    python evaluate.py --official boxteacher_r50_1x.pth --preset coco_boxteacher_r50_1x
+    python evaluate.py --published boxteacher_r50_1x.pth --preset coco_boxteacher_r50_1x
 
 The teacher is judged where there is one; --student judges the student. Any field of the
 configuration can be replaced, such as --val-json and --val-images. The predictions are written in
@@ -18,12 +18,14 @@ from typing import Any
 
 from boxteacher import distributed
 from boxteacher.backbone import WeightsError
-from boxteacher.checkpoint import CheckpointError, import_official, load_checkpoint, load_weights
-from boxteacher.config import ConfigError, from_dict, read_options, validate
-from boxteacher.data import DataError
-from boxteacher.datasets import make_val_set
-from boxteacher.evaluation import EvaluationError, evaluate_dataset
+from boxteacher.checkpoint import CheckpointError, load_checkpoint, load_weights
+from boxteacher.coco import DataError
+from boxteacher.coco_eval import EvaluationError, evaluate_dataset
+from boxteacher.command_line import read_options
+from boxteacher.config import ConfigError, from_dict, validate
+from boxteacher.data import make_val_set
 from boxteacher.model import build_model
+from boxteacher.published import import_published
 
 USER_ERRORS = (
     *(ConfigError, DataError, WeightsError, CheckpointError, EvaluationError),
@@ -40,7 +42,7 @@ def read_arguments(argv: list[str]) -> tuple[Path, bool, bool, dict[str, Any]]:
     is_student = "--student" in words
     words = [word for word in words if word != "--student"]
     files = {}
-    for option in ("--checkpoint", "--official"):
+    for option in ("--checkpoint", "--published"):
         for i, word in enumerate(words):
             name, equals, value = word.partition("=")
             if name == option:
@@ -49,15 +51,15 @@ def read_arguments(argv: list[str]) -> tuple[Path, bool, bool, dict[str, Any]]:
                 del words[i : i + (1 if equals else 2)]
                 break
     if len(files) != 1 or not all(files.values()):
-        raise ConfigError("give either --checkpoint FILE or --official FILE (see --help)")
+        raise ConfigError("give either --checkpoint FILE or --published FILE (see --help)")
     (option, file), *_ = files.items()
-    return Path(file), option == "--official", is_student, read_options(words)
+    return Path(file), option == "--published", is_student, read_options(words)
 
 
 def main() -> None:
-    path, is_official, is_student, given = read_arguments(sys.argv[1:])
-    if is_official:
-        state = import_official(path, build_model, **given)
+    path, is_published, is_student, given = read_arguments(sys.argv[1:])
+    if is_published:
+        state = import_published(path, build_model, **given)
         notes = state["notes"]
     else:
         if "preset" in given:

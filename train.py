@@ -20,20 +20,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from boxteacher import distributed
 from boxteacher.backbone import WeightsError
-from boxteacher.checkpoint import (
-    CheckpointError,
-    load_checkpoint,
-    load_initial_weights,
-    load_weights,
-    save_checkpoint,
-)
-from boxteacher.config import Config, ConfigError, parse, to_json, warnings
-from boxteacher.data import CocoDataset, DataError, augment, make_train_loader
-from boxteacher.datasets import make_train_set, make_val_set
+from boxteacher.checkpoint import CheckpointError, load_checkpoint, load_weights, save_checkpoint
+from boxteacher.coco import DataError
+from boxteacher.coco_eval import NoMasksError, evaluate_dataset, require_masks
+from boxteacher.command_line import parse
+from boxteacher.config import Config, ConfigError, to_json, warnings
+from boxteacher.data import CocoDataset, make_train_loader, make_train_set, make_val_set
 from boxteacher.ema import ema_momentum, update_teacher
-from boxteacher.evaluation import NoMasksError, evaluate_dataset, require_masks
 from boxteacher.model import CondInst, build_model, make_teacher
+from boxteacher.published import load_initial_weights
 from boxteacher.reporting import RunLog, make_contact_sheet, pseudo_mask_figures
+from boxteacher.transforms import augment
 
 
 class DivergedError(RuntimeError):
@@ -207,7 +204,7 @@ def train(
                     cfg.score_threshold,
                     cfg.published_score,
                 )
-        # The student sees the same images in other colours, and learns from boxes and pseudo masks.
+        # The student sees the same images in other colors, and learns from boxes and pseudo masks.
         skip = rank * batch_size_per_rank + part * len(batch.sizes)
         images = augment(batch.images, batch.sizes, cfg.student_augmentation, colors, skip)
         model.require_backward_grad_sync = is_last_part  # DDP adds the ranks' gradients up but once

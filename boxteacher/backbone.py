@@ -177,7 +177,7 @@ class Swin(nn.Module):
 class WindowAttention(swin_transformer.ShiftedWindowAttention):
     """Attention within windows of 7x7 tokens, shifted by 3 in every other block (Swin, sec. 3.2).
 
-    The map is rolled by the shift; tokens that only this makes neighbours do not see each other.
+    The map is rolled by the shift; tokens that only this makes neighbors do not see each other.
 
     Differs from torchvision, which gives up the shift where a map is but one window high or wide;
     here the shift cuts that window too, as in Swin's detection code. (Sides of at most 224 pixels.)

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import inspect
 import json
 import math
 import re
-import textwrap
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
+
+from .errors import UserError
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A configuration that cannot be meant; the message is one line for the user."""
 
 
@@ -50,7 +50,7 @@ class Config:
     test_scale: float = 0.0  # if > 0: enlarge by this factor at test time instead of to test_size
     crop: int = 0  # if > 0: random square crop of this many pixels after resizing (training)
     flip: bool = True  # random horizontal flip
-    bottom_rows: int = 10  # of the original, outside for colour similarity (COCO: 10; else 0)
+    bottom_rows: int = 10  # of the original, outside for color similarity (COCO: 10; else 0)
     aspect_grouping: bool = True  # batches of images that are all wide or all tall
     workers: int = 4  # data loading processes per rank
 
@@ -98,7 +98,7 @@ class Config:
     pairwise_weight: float = 1.0
     pseudo_mask_weight: float = 0.5  # lambda_p
     pseudo_affinity_weight: float = 0.1  # lambda_a
-    color_threshold: float = 0.3  # tau of BoxInst's colour similarity
+    color_threshold: float = 0.3  # tau of BoxInst's color similarity
     affinity_threshold: float = 0.5  # tau_g
     mask_threshold: float = 0.5  # tau_m
     iou_threshold: float = 0.5  # tau_iou
@@ -115,7 +115,7 @@ class Config:
     pre_nms_threshold: float = 0.05
     pre_nms_top: int = 1000  # (location, class) pairs per level
     nms_threshold: float = 0.6
-    max_detections: int = 100  # per image; also COCO's maxDets, which the headline AP honours
+    max_detections: int = 100  # per image; also COCO's maxDets, which the headline AP honors
     eval_every: int = 0  # steps between evaluations; 0: at the end only
 
     # --- machine ------------------------------------------------------------
@@ -130,156 +130,6 @@ class Config:
 
 
 FIELDS: dict[str, Any] = typing.get_type_hints(Config)  # name -> type
-
-# The fields in which the published recipes of the three methods differ. `--mode` brings them along.
-MODES: dict[str, dict[str, Any]] = {
-    "condinst": dict(mask_channels=8, max_mask_locations=500, student_augmentation="none"),
-    "boxinst": dict(mask_channels=16, max_mask_locations=64, student_augmentation="none"),
-    "boxteacher": dict(mask_channels=16, max_mask_locations=64, student_augmentation="strong"),
-}
-
-
-class Preset(NamedTuple):
-    changes: dict[str, Any]  # differences from Config()
-    evidence: str  # what is known about its result
-
-
-_SMALL: dict[str, Any] = dict(  # a recipe for two CPU cores, from scratch
-    bottom_rows=0,
-    aspect_grouping=False,
-    workers=1,
-    backbone="resnet10_half",
-    pretrained=False,
-    norm="bn",
-    freeze_at=0,
-    fpn_channels=64,
-    tower_convs=2,
-    mask_branch_channels=64,
-    mask_branch_convs=2,
-    steps=1800,
-    batch_size=8,
-    optimizer="adamw",
-    lr=1e-3,
-    lr_schedule="cosine",
-    warmup_steps=50,
-    clip_grad=1.0,
-    weak_warmup_steps=100,
-    ema_momentum=0.99,  # 0.999 would average over most of so short a run
-    student_augmentation="none",  # other colours pay in long runs only
-    teacher_size=0,
-    checkpoint_every=500,
-)
-
-PRESETS: dict[str, Preset] = {
-    "shapes": Preset(
-        _SMALL
-        | dict(
-            dataset="shapes",
-            workers=0,  # painting costs less than a process that disturbs two busy cores
-            train_sizes=(160,),  # the teacher sees more, as on COCO
-            train_max_size=160,
-            teacher_size=192,
-            test_size=192,
-            test_max_size=192,
-            size_unit=48,
-            max_mask_locations=16,
-            weak_warmup_steps=400,  # 100: in some runs large masks stay boxes for ever
-        ),
-        "here: 43.5, 41.4, 43.6 mask AP, 3 seeds (BoxInst 40.3, 41.3, 43.0; CondInst 54.7)",
-    ),
-    "nuclei": Preset(
-        _SMALL
-        | dict(
-            train_json="../shared/data/nuclei/annotations/boxes_train.json",
-            train_images="../shared/data/nuclei/images/train",
-            val_json="../shared/data/nuclei/annotations/instances_val.json",
-            val_images="../shared/data/nuclei/images/val",
-            train_scales=(1.5, 1.75, 2.0),  # half of the nuclei have a side under 20 pixels
-            train_max_size=4096,
-            test_scale=2.0,
-            test_max_size=4096,
-            crop=192,
-            teacher_size=224,
-            size_unit=32,
-            steps=1000,
-            max_detections=1000,
-        ),
-        "here: 43.0 mask AP, seed 0 (BoxInst 26.6, CondInst 45.8)",
-    ),
-}
-
-_PUBLISHED = {  # mask AP on COCO test-dev, and on val where it is known
-    ("condinst", "r50", "1x"): "35.9 AP on test-dev, 36.2 on val",
-    ("condinst", "r50", "3x"): "37.7 AP on test-dev, 37.5 on val",
-    ("boxinst", "r50", "1x"): "30.7 AP on val",
-    ("boxinst", "r50", "3x"): "32.1 AP on test-dev",
-    ("boxteacher", "r50", "1x"): "32.9 AP on test-dev, 32.2 on val (32.6 unaugmented)",
-    ("boxteacher", "r50", "3x"): "35.0 AP on test-dev, 34.8 on val",
-    ("boxteacher", "r101", "3x"): "36.5 AP on test-dev",
-    ("boxteacher", "r101_dcn", "3x"): "37.6 AP on test-dev",
-    ("boxteacher", "swin_b", "3x"): "40.6 AP on test-dev",
-}
-_BACKBONES: dict[str, dict[str, Any]] = {
-    "r50": dict(backbone="resnet50"),
-    "r101": dict(backbone="resnet101"),
-    "r101_dcn": dict(backbone="resnet101", deformable=True),
-    "swin_b": dict(backbone="swin_b", optimizer="adamw", lr=1e-4, weight_decay=0.05),
-}
-
-
-def _coco_preset(mode: str, backbone: str, schedule: str) -> Preset:
-    """The published recipes on COCO: 90k ("1x") or 270k ("3x") steps of 16 images."""
-    changes = {"mode": mode, **_BACKBONES[backbone], **MODES[mode]}
-    if schedule == "3x":
-        changes |= dict(steps=270_000, lr_drops=(210_000, 250_000))
-        if mode == "boxteacher":
-            changes["student_augmentation"] = "strong_blur"
-    published = _PUBLISHED.get((mode, backbone, schedule), "no number in our sources")
-    return Preset(changes, f"published {published}; here: not run")
-
-
-PRESETS |= {
-    f"coco_{mode}_{backbone}_{schedule}": _coco_preset(mode, backbone, schedule)
-    for mode in MODES
-    for backbone in ("r50", "r101")
-    for schedule in ("1x", "3x")
-}
-PRESETS |= {
-    f"coco_boxteacher_{backbone}_3x": _coco_preset("boxteacher", backbone, "3x")
-    for backbone in ("r101_dcn", "swin_b")
-}
-
-
-def from_preset(name: str, **given: Any) -> Config:
-    """A preset with the `given` fields in place of its own, checked.
-
-    Some fields follow others, unless given too. `mode` brings what its published recipe has other
-    than that of the preset's mode (MODES). `steps` moves lr_drops in proportion and, where it
-    shortens the run, shortens both warm-ups likewise: while the weak losses are still warming up,
-    masks stay boxes.
-    """
-    if name not in PRESETS:
-        raise ConfigError(f"no preset {name!r}{_nearest(name, PRESETS)} (--list shows all)")
-    config = dataclasses.replace(Config(preset=name), **PRESETS[name].changes)
-    follow: dict[str, Any] = {}
-    if given.get("mode", config.mode) != config.mode:
-        old, new = MODES[config.mode], MODES[given["mode"]]
-        follow |= {field: value for field, value in new.items() if value != old[field]}
-    if "steps" in given:
-        steps, shorter = given["steps"], min(given["steps"], config.steps)
-        follow["lr_drops"] = tuple(drop * steps // config.steps for drop in config.lr_drops)
-        for field in ("warmup_steps", "weak_warmup_steps"):
-            follow[field] = getattr(config, field) * shorter // config.steps
-    config = dataclasses.replace(config, **(follow | given))
-    files = [f for f in ("train_json", "train_images", "val_json", "val_images") if f in given]
-    if files and config.dataset == "shapes":
-        raise ConfigError(
-            f"{files[0]}: preset {name} generates its images and reads no files;"
-            " start from preset nuclei (small) or coco_boxteacher_r50_1x (GPUs)"
-        )
-    validate(config)
-    return config
-
 
 # --- what can be meant --------------------------------------------------------
 
@@ -364,53 +214,7 @@ def warnings(config: Config) -> list[str]:
     return lines
 
 
-# --- command line, JSON -------------------------------------------------------
-
-
-def parse(argv: Sequence[str]) -> Config:
-    """The configuration that `[PRESET] --field value ...` asks for; without a preset: shapes.
-
-    --help and --list print and exit. ConfigError, one line, for what is unknown or cannot be meant.
-    """
-    words = list(argv)
-    for option, text in (("--help", help_text), ("-h", help_text), ("--list", list_presets)):
-        if option in words:
-            print(text())
-            raise SystemExit(0)
-    name = words.pop(0) if words and not _OPTION.match(words[0]) else "shapes"
-    given = read_options(words)
-    return from_preset(given.pop("preset", name), **given)
-
-
-_OPTION = re.compile(r"--?[A-Za-z]")  # not -0.1
-
-
-def read_options(words: Sequence[str]) -> dict[str, Any]:
-    """Fields and their values from `--field value`, `--field=value`, `--flag`, `--no-flag`.
-
-    Dashes and underscores are the same. Lists: `--train-sizes 640,800` or `--train-sizes 640 800`.
-    """
-    given: dict[str, Any] = {}
-    words = list(words)
-    while words:
-        word = words.pop(0)
-        if not _OPTION.match(word):
-            raise ConfigError(f"what is {word!r} for? fields are set with --field value")
-        option, equals, value = word.lstrip("-").partition("=")
-        values = [value] if equals else []
-        while not equals and words and not _OPTION.match(words[0]):
-            values.append(words.pop(0))
-        field = option.replace("-", "_")
-        if not values and FIELDS.get(field.removeprefix("no_")) is bool:
-            values = ["false" if field.startswith("no_") else "true"]
-            field = field.removeprefix("no_")
-        if field not in FIELDS:
-            options = ["--" + name.replace("_", "-") for name in FIELDS]
-            raise ConfigError(f"no option --{option}{_nearest('--' + option, options)}")
-        if not values or (len(values) > 1 and typing.get_origin(FIELDS[field]) is not tuple):
-            raise ConfigError(f"--{option} takes one value, got {' '.join(values) or 'none'}")
-        given[field] = _typed(field, " ".join(values))
-    return given
+# --- JSON and text ------------------------------------------------------------
 
 
 def to_json(config: Config) -> str:
@@ -437,29 +241,6 @@ def from_dict(values: Any, where: str = "configuration") -> Config:
         return Config(**{field: _typed(field, value) for field, value in values.items()})
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
-
-
-def help_text() -> str:
-    """Every field with its type, default and the comment that stands beside it in Config."""
-    lines = ["usage: train.py [PRESET] [--field value ...] | --list | --help"]
-    for line in inspect.getsource(Config).splitlines():
-        if heading := re.fullmatch(r"    # --- (.+?) -+", line):
-            lines += ["", heading[1]]
-        elif field := re.fullmatch(r"    (\w+): .+? = (.+?)(?:  # (.+))?", line):
-            name, default, comment = field.groups(default="")
-            option = f"  --{name.replace('_', '-')} {default}"
-            lines.append(f"{option:42} {_wanted(name)}{comment and '; '}{comment}")
-    return "\n".join(lines)
-
-
-def list_presets() -> str:
-    """Every preset with its evidence and with what it changes in Config()."""
-    lines = []
-    for name, (changes, evidence) in PRESETS.items():
-        shown = [f"{f}={v}" for f, v in changes.items() if v != getattr(Config(), f)]
-        lines += [f"{name}: {evidence}"]
-        lines += textwrap.wrap(" ".join(shown), 96, initial_indent="    ", subsequent_indent="    ")
-    return "\n".join(lines)
 
 
 def _typed(field: str, value: Any) -> Any:

@@ -1,6 +1,6 @@
-"""COCO-format data on its way to the network: draw a geometry, batch it, colour it.
+"""COCO-format data as batches.
 
-    checked dict -> CocoDataset (load, crop, resize, flip) -> collate -> Batch -> augment
+    checked dict -> CocoDataset (load, crop, resize, flip) -> collate -> Batch
 
 N images · G boxes of an image · H, W the padded images · h, w an image without its padding
 Boxes are xyxy in pixels of the resized image; labels are 0..C-1 in the order of the category ids.
@@ -10,156 +10,20 @@ All chance in a sample comes from a key that travels with its index, never from 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
-import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
-import torchvision.transforms.v2.functional as tvf
-from PIL import Image
-from pycocotools import mask as rle_codec
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-
-class DataError(ValueError):
-    """Data that cannot be used. The message is one line: file, entry and field, what to do."""
-
-
-@contextmanager
-def explain(what: str, remedy: str) -> Iterator[None]:
-    """Turn what decoders raise (OSError, SyntaxError, struct.error, ...) into one DataError."""
-    try:
-        yield
-    except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise DataError(f"{what} cannot be read ({reason}); {remedy}") from None
-
-
-def check_size(image: np.ndarray, entry: dict, name: str) -> None:
-    height, width = image.shape[:2]
-    if (width, height) != (entry["width"], entry["height"]):
-        raise DataError(
-            f"{name}: image id {entry['id']} ({entry['file_name']}): fields 'width' and 'height' "
-            f"say {entry['width']}x{entry['height']}, the image (upright, if EXIF rotates it) has "
-            f"{width}x{height} pixels; correct them, and boxes made for another size"
-        )
-
-
-# --- geometry -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """What may happen to an image: resize, then crop (if not 0), then flip (half of the time)."""
-
-    sizes: tuple[int, ...] = ()  # short sides, one drawn per image
-    max_size: int = 0  # long side at most; 0: no limit
-    scales: tuple[float, ...] = ()  # if given: factors, one drawn per image, in place of sizes
-    crop: int = 0
-    flip: bool = False
-
-
-@dataclass(frozen=True)
-class View:
-    """What does happen to one image: maps the original's pixels, boxes and masks to [h, w]."""
-
-    original: tuple[int, int]  # height, width
-    resized: tuple[int, int]
-    window: tuple[int, int, int, int]  # top, left, h, w in the resized image
-    flip: bool
-
-    def image(self, pixels: np.ndarray) -> np.ndarray:
-        """uint8 [height, width, 3] -> [h, w, 3], by PIL's bilinear filter, the window only."""
-        (height, width), (y_scale, x_scale) = self.original, self._scale()
-        top, left, h, w = self.window
-        right, bottom = min((left + w) / x_scale, width), min((top + h) / y_scale, height)
-        source = (left / x_scale, top / y_scale, right, bottom)
-        view = Image.fromarray(pixels).resize((w, h), Image.Resampling.BILINEAR, source)
-        return np.asarray(view)[:, ::-1] if self.flip else np.asarray(view)
-
-    def boxes(self, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """[G, 4] -> [G, 4] clipped to the view, and bool [G]: which to keep.
-
-        Those with their centre in view, or with 30 % of their area and 4 pixels (or all of a
-        smaller side) both ways.
-        """
-        (y_scale, x_scale), (top, left, h, w) = self._scale(), self.window
-        full = boxes * ([x_scale, y_scale] * 2) - ([left, top] * 2)
-        seen = full.clip(0, [w, h] * 2)
-        center = (full[:, :2] + full[:, 2:]) / 2
-        full_sides, seen_sides = full[:, 2:] - full[:, :2], seen[:, 2:] - seen[:, :2]
-        is_large = (seen_sides >= full_sides.clip(max=4)).all(1)
-        is_large &= seen_sides.prod(1) >= 0.3 * full_sides.prod(1)
-        kept = is_large | ((center >= 0) & (center <= [w, h])).all(1)
-        if self.flip:
-            seen[:, [0, 2]] = w - seen[:, [2, 0]]
-        return seen, kept
-
-    def mask(self, segmentation: list | dict) -> np.ndarray:
-        """-> bool [h, w]: polygons scaled, then rasterised; run-length codes resized (nearest)."""
-        y_scale, x_scale = self._scale()
-        top, left, h, w = self.window
-        if isinstance(segmentation, list):
-            points = [np.reshape(polygon, (-1, 2)) * (x_scale, y_scale) for polygon in segmentation]
-            codes = rle_codec.frPyObjects([p.ravel().tolist() for p in points], *self.resized)
-            mask = rle_codec.decode(rle_codec.merge(codes))[top : top + h, left : left + w]
-        else:
-            if isinstance(segmentation["counts"], list):
-                segmentation = rle_codec.frPyObjects(segmentation, *self.original)
-            rows = ((np.arange(top, top + h) + 0.5) / y_scale).astype(int)
-            columns = ((np.arange(left, left + w) + 0.5) / x_scale).astype(int)
-            mask = rle_codec.decode(segmentation)
-            if mask.sum() != rle_codec.area(segmentation):  # what no run reaches is uninitialised
-                raise ValueError("the runs do not fill the image")
-            mask = mask[rows][:, columns]
-        return (mask[:, ::-1] if self.flip else mask).astype(bool)
-
-    def _scale(self) -> tuple[float, float]:
-        return self.resized[0] / self.original[0], self.resized[1] / self.original[1]
-
-
-def resized_size(
-    height: int, width: int, short_side: int, max_size: int = 0, factor: float = 0
-) -> tuple[int, int]:
-    """New (height, width): the short side becomes `short_side`, or both grow by `factor` if given;
-    then both shrink until the long one is at most max_size (0: no limit)."""
-    if factor:
-        new_height, new_width = factor * height, factor * width
-    elif height < width:
-        new_height, new_width = short_side, short_side / height * width
-    else:
-        new_height, new_width = short_side / width * height, short_side
-    shrink = max_size / max(new_height, new_width) if max_size else 1
-    if shrink < 1:
-        new_height, new_width = new_height * shrink, new_width * shrink
-    return max(int(new_height + 0.5), 1), max(int(new_width + 0.5), 1)
-
-
-def draw_view(
-    geometry: Geometry, original: tuple[int, int], boxes: np.ndarray, rng: np.random.Generator
-) -> View:
-    """Draw from the geometry. A crop contains the centre of one of the boxes [G, 4], at random."""
-    flip = geometry.flip and rng.random() < 0.5
-    short_side = 0 if geometry.scales else int(rng.choice(geometry.sizes))
-    factor = float(rng.choice(geometry.scales)) if geometry.scales else 0
-    resized = resized_size(*original, short_side, geometry.max_size, factor)
-    if not geometry.crop:
-        return View(original, resized, (0, 0, *resized), flip)
-    sides = [min(geometry.crop, side) for side in resized]
-    box = boxes[rng.integers(len(boxes))]
-    start = []
-    for axis, side in enumerate(sides):  # y, then x
-        center = (box[1 - axis] + box[3 - axis]) / 2 * resized[axis] / original[axis]
-        low = max(0, math.ceil(center - side))
-        high = min(resized[axis] - side, math.floor(center))
-        start.append(int(rng.integers(low, high + 1)))
-    return View(original, resized, (*start, *sides), flip)
-
+from .coco import DataError, check_size, explain, image_loader, read_coco
+from .config import Config
+from .shapes import load_shapes_image, make_shapes_coco
+from .transforms import Geometry, View, draw_view
 
 # --- samples and batches --------------------------------------------------------------------------
 
@@ -186,10 +50,10 @@ class Batch:
     boxes: Tensor  # float32 [N, G, 4]; G is 8, 16, 32, ...
     labels: Tensor  # int64 [N, G]
     valid: Tensor  # bool [N, G]: which of the G are boxes
-    centers: Tensor  # float32 [N, G, 2] (x, y) for centre sampling: box centre or mask centroid
+    centers: Tensor  # float32 [N, G, 2] (x, y) for center sampling: box center or mask centroid
     masks: Tensor | None  # bool [N, G, H/4, W/4]: true masks at [2::4, 2::4]
     has_mask: Tensor | None  # bool [N, G]: which boxes have a true mask
-    cut_rows: list[int]  # bottom rows of each image that colour similarity takes for outside
+    cut_rows: list[int]  # bottom rows of each image that color similarity takes for outside
     image_ids: list[int]
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
@@ -406,7 +270,7 @@ class Loader:
             yield from self.loader
         except DataError as error:
             last_line = str(error).strip().splitlines()[-1]  # a worker's is a whole traceback
-            raise DataError(last_line.removeprefix(f"{__name__}.DataError: ")) from None
+            raise DataError(last_line.removeprefix("boxteacher.coco.DataError: ")) from None
 
 
 def make_train_loader(
@@ -440,58 +304,56 @@ def _collate_test(samples: list[Sample]) -> tuple[Batch, tuple[int, int]]:
     return collate(samples), samples[0].original_size
 
 
-# --- colour augmentation --------------------------------------------------------------------------
+# --- the data sets of a configuration -------------------------------------------------------------
 
 
-class Strength(NamedTuple):
-    jitter: tuple[float, float, float, float]  # brightness, contrast, saturation, hue
-    jitter_probability: float
-    gray_probability: float
-    blur_probability: float
-
-
-STRENGTHS = {
-    "none": Strength((0, 0, 0, 0), 0, 0, 0),
-    "weak": Strength((0.2, 0.2, 0.2, 0.1), 0.2, 0, 0),
-    "strong": Strength((0.4, 0.4, 0.4, 0.1), 0.8, 0.2, 0),
-    "strong_blur": Strength((0.4, 0.4, 0.4, 0.1), 0.8, 0.2, 0.5),
-}
-DRAWS_PER_IMAGE = 12
-
-
-def augment(
-    images: Tensor,
-    sizes: list[tuple[int, int]],
-    strength: str,
-    generator: torch.Generator,
-    skip: int = 0,
-) -> Tensor:
-    """Other colours: jitter in random order, grayscale, blur of kernel 3 (SPEC section 6).
-
-    uint8 [N, 3, H, W] -> the same, each image treated without its padding, which stays 0.
-    Each image takes DRAWS_PER_IMAGE numbers from the generator (on the CPU: no sync), after those
-    of `skip` images: ranks that share a generator's seed and skip rank * N images draw together
-    what one process draws for the global batch.
+def make_train_set(cfg: Config) -> CocoDataset:
+    """Images with boxes; true masks come along where there are any, to be learned from in mode
+    condinst, and in the others only to measure the pseudo masks with.
     """
-    if strength not in STRENGTHS:
-        raise ValueError(f"strength {strength!r} is not one of {', '.join(STRENGTHS)}")
-    draws = torch.rand(skip + len(images), DRAWS_PER_IMAGE, generator=generator)[skip:].tolist()
-    augmented = images.clone()
-    for n, (h, w) in enumerate(sizes):
-        image = augmented[n, :, :h, :w]
-        image.copy_(_augment_image(image, STRENGTHS[strength], draws[n]))
-    return augmented
+    geometry = Geometry(cfg.train_sizes, cfg.train_max_size, cfg.train_scales, cfg.crop, cfg.flip)
+    if cfg.dataset == "shapes":
+        seed = 2 * cfg.seed + 1  # odd seeds: training; 0: validation, the same for every run
+        coco = make_shapes_coco(seed, cfg.shapes_train, cfg.shapes_size) | {"json_path": "shapes"}
+        paint = load_shapes_image(seed, cfg.shapes_size)
+        # painted once: a small run sees each image several times, and painting costs like training
+        load_image = functools.partial(_kept, [paint(entry) for entry in coco["images"]])
+    else:
+        coco = read_coco(cfg.train_json, cfg.train_images)
+        load_image = image_loader(cfg.train_images)
+    return CocoDataset(
+        coco,
+        load_image,
+        geometry,
+        train=True,
+        with_masks=True,
+        mask_centers=cfg.mode == "condinst",
+        bottom_rows=cfg.bottom_rows,
+        seed=cfg.seed,
+    )
 
 
-def _augment_image(image: Tensor, strength: Strength, draws: list[float]) -> Tensor:
-    amounts, order, (do_jitter, do_gray, do_blur, sigma) = draws[:4], draws[4:8], draws[8:]
-    if do_jitter < strength.jitter_probability:
-        adjust = (tvf.adjust_brightness, tvf.adjust_contrast, tvf.adjust_saturation, tvf.adjust_hue)
-        for k in sorted(range(4), key=order.__getitem__):
-            change = (2 * amounts[k] - 1) * strength.jitter[k]
-            image = adjust[k](image, change if adjust[k] is tvf.adjust_hue else 1 + change)
-    if do_gray < strength.gray_probability:
-        image = tvf.rgb_to_grayscale(image, num_output_channels=3)
-    if do_blur < strength.blur_probability and min(image.shape[1:]) > 1:  # it reflects one pixel
-        image = tvf.gaussian_blur(image, [3, 3], [0.1 + 1.9 * sigma] * 2)
-    return image
+def _kept(images: list[np.ndarray], entry: dict) -> np.ndarray:
+    return images[entry["id"] - 1]
+
+
+def make_val_set(cfg: Config) -> CocoDataset:
+    """All validation images at test size."""
+    scales = (cfg.test_scale,) if cfg.test_scale else ()
+    geometry = Geometry((cfg.test_size,), cfg.test_max_size, scales, crop=0, flip=False)
+    if cfg.dataset == "shapes":
+        coco = make_shapes_coco(0, cfg.shapes_val, cfg.shapes_size) | {"json_path": "shapes"}
+        load_image = load_shapes_image(0, cfg.shapes_size)
+    else:
+        coco = read_coco(cfg.val_json, cfg.val_images)
+        load_image = image_loader(cfg.val_images)
+    return CocoDataset(
+        coco,
+        load_image,
+        geometry,
+        train=False,
+        with_masks=True,
+        mask_centers=False,
+        bottom_rows=0,
+        seed=cfg.seed,
+    )

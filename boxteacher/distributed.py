@@ -13,12 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .errors import UserError
+
 # How long a rank waits for another before it gives up. Longer than rank 0 takes to evaluate alone,
 # short enough that a rank that died does not hold the others (and the machine) for ever.
 TIMEOUT = timedelta(minutes=30)
 
 
-class DeviceError(ValueError):
+class DeviceError(UserError):
     """A device that this process cannot have; the message is one line for the user."""
 
 
@@ -76,7 +78,7 @@ def barrier() -> None:
 def reduce_mean(tensor: Tensor) -> Tensor:
     """The mean over ranks of a tensor of any shape, the same on every rank, without gradient.
 
-    For normalisers such as n_pos, "mean over ranks of the number of positives". The tensor itself
+    For normalizers such as n_pos, "mean over ranks of the number of positives". The tensor itself
     stays as it is; whole numbers give a float. Does not wait for the GPU.
     """
     total = tensor.detach().clone()

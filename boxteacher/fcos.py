@@ -173,13 +173,13 @@ def make_locations(features: Sequence[Tensor], size_unit: float = 64) -> Locatio
 def assign_targets(
     locations: Locations, boxes: Tensor, labels: Tensor, valid: Tensor, centers: Tensor
 ) -> Targets:
-    """Which box each location answers for (FCOS, section 3.1 and 3.2, with centre sampling).
+    """Which box each location answers for (FCOS, section 3.1 and 3.2, with center sampling).
 
-    A location is a candidate for a box if it lies strictly inside centre ± 1.5 strides, cut to the
+    A location is a candidate for a box if it lies strictly inside center ± 1.5 strides, cut to the
     box, and if max(l, t, r, b) is in its level's range, both ends included. Of several boxes the
     smallest wins, the first of equals. boxes [N, G, 4]; labels, valid [N, G]; centers [N, G, 2].
 
-    Differs from the published code with box supervision: the centre is the box's, not that of its
+    Differs from the published code with box supervision: the center is the box's, not that of its
     raster.
     """
     x, y = locations.xy[:, :1], locations.xy[:, 1:]  # [P, 1]

@@ -1,6 +1,6 @@
-"""The losses, unreduced: the caller sums and shows the normaliser.
+"""The losses, unreduced: the caller sums and shows the normalizer.
 
-N images · K sampled instances · C classes · H, W the stride-4 grid · 8 neighbours at dilation 2
+N images · K sampled instances · C classes · H, W the stride-4 grid · 8 neighbors at dilation 2
 
 Sources: focal loss arXiv 1708.02002, GIoU 1902.09630, FCOS 1904.01355, dice 1606.04797,
 BoxInst 2012.02310, BoxTeacher 2210.05174.
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# (dy, dx) of the neighbours in reading order; number k and number 7 - k are opposite. A pair of
+# (dy, dx) of the neighbors in reading order; number k and number 7 - k are opposite. A pair of
 # pixels is visited once, from its upper (or left) pixel, along the last four.
 NEIGHBORS = ((-2, -2), (-2, 0), (-2, 2), (0, -2), (0, 2), (2, -2), (2, 0), (2, 2))
 FORWARD = (4, 5, 6, 7)
@@ -26,7 +26,7 @@ FORWARD = (4, 5, 6, 7)
 def focal_loss(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
     """Sigmoid focal loss: easy examples fade out (arXiv 1708.02002, eq. 5).
 
-        z = -logit for the labelled class, logit for the others
+        z = -logit for the labeled class, logit for the others
         L = alpha_t * sigmoid(z)^gamma * softplus(z)
 
     logits [..., C]; labels [...] in 0..C-1, or -1 for background. Returns [..., C].
@@ -109,7 +109,7 @@ def box_masks(boxes: Tensor, height: int, width: int, stride: int = 4) -> Tensor
 
 
 def _pairs(x: Tensor, direction: int) -> tuple[Tensor, Tensor]:
-    """x at pixels i and at their neighbours j in a forward direction, over all pairs inside the
+    """x at pixels i and at their neighbors j in a forward direction, over all pairs inside the
     map.
     """
     dy, dx = NEIGHBORS[direction]
@@ -144,7 +144,7 @@ def _pairwise_sums(
 def color_pairwise_sums(
     mask_logits: Tensor, color_edges: Tensor, inside_box: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Pixels of similar colour belong together (BoxInst, section 3.2): w_ij = edge_ij * b_i.
+    """Pixels of similar color belong together (BoxInst, section 3.2): w_ij = edge_ij * b_i.
 
     mask_logits [N, K, H, W]; color_edges bool [N, 8, H, W] (similarity >= tau); inside_box bool [N,
     K, H, W]. Returns Σ w * term and Σ w, each [N, K]; the loss is the sum of the first over max(sum
@@ -167,7 +167,7 @@ def affinity_loss(
     inside_image: Tensor,
     threshold: float = 0.5,
 ) -> Tensor:
-    """Noise-reduced affinity (BoxTeacher): neighbours that a smoothed pseudo mask t~ calls alike
+    """Noise-reduced affinity (BoxTeacher): neighbors that a smoothed pseudo mask t~ calls alike
     should be alike.
 
         t~ = (t + mean3x3(t)) / 2;  g_ij = t~_i t~_j + (1-t~_i)(1-t~_j)
@@ -193,7 +193,7 @@ def affinity_loss(
     return loss / weight.clamp(min=1)
 
 
-# --- colours --------------------------------------------------------------------------------------
+# --- colors --------------------------------------------------------------------------------------
 
 
 def rgb_to_lab(rgb: Tensor) -> Tensor:
@@ -226,11 +226,11 @@ def inside_masks(
 
 
 def color_similarity(images: Tensor, inside_image: Tensor) -> Tensor:
-    """How alike a pixel and its 8 neighbours are in colour (BoxInst, section 3.2).
+    """How alike a pixel and its 8 neighbors are in color (BoxInst, section 3.2).
 
-        S_ij = exp(-‖Lab_i - Lab_j‖ / 2), and 0 for a neighbour j outside the image
+        S_ij = exp(-‖Lab_i - Lab_j‖ / 2), and 0 for a neighbor j outside the image
 
-    images [N, 3, 4H, 4W] RGB 0..255, before any colour augmentation; inside_image bool [N, H, W].
+    images [N, 3, 4H, 4W] RGB 0..255, before any color augmentation; inside_image bool [N, H, W].
     Returns [N, 8, H, W], computed once an image, whatever the number of its boxes.
     """
     lab = rgb_to_lab(F.avg_pool2d(images.float(), 4).floor())

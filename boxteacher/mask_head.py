@@ -44,7 +44,7 @@ class MaskBranch(nn.Module):
     """Mask features for all instances of an image, at stride 8 (CondInst).
 
     P3, P4, P5 each through conv-norm-relu, upsampled to stride 8 and summed; `num_convs` more such
-    blocks; a 1x1 conv to `out_channels`. `norm(channels)` makes a normalisation layer.
+    blocks; a 1x1 conv to `out_channels`. `norm(channels)` makes a normalization layer.
     """
 
     def __init__(

@@ -16,21 +16,14 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou, clip_boxes_to_image
 
 from . import fcos, losses
-from .backbone import (
-    NORMS,
-    SWINS,
-    Backbone,
-    ResNet,
-    Swin,
-    pretrained_state_dict,
-    without_drop_path,
-)
+from .backbone import NORMS, SWINS, Backbone, ResNet, Swin, pretrained_state_dict, without_drop_path
 from .config import Config
-from .data import Batch, resized_size
+from .data import Batch
 from .distributed import reduce_mean
 from .mask_head import MaskBranch, aligned_upsample, dynamic_mask_logits, num_dynamic_params
-from .official import read_backbone
 from .pseudo_labels import assign_to_boxes, mask_aware_scores, published_scores
+from .published import read_backbone
+from .transforms import resized_size
 
 PIXELS = {  # means (0..255) and deviations of the channels that a backbone's weights expect
     "rgb": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
@@ -68,7 +61,7 @@ class CondInst(nn.Module):
     """FCOS with conditional convolutions for masks (arXiv 2003.05664), trained from masks, boxes,
     or boxes and pseudo masks.
 
-    `mode` chooses the mask losses: condinst (dice against true masks), boxinst (projection, colour
+    `mode` chooses the mask losses: condinst (dice against true masks), boxinst (projection, color
     pairwise), boxteacher (those of boxinst, and the two of pseudo masks where there are any; masks
     rescore detections). `loss_weights` by the names of the losses; `detect_options` go to
     fcos.detect.
@@ -129,8 +122,8 @@ class CondInst(nn.Module):
         """The weighted losses of one batch, and figures worth watching.
 
         images uint8 [N, 3, h, w]: what the student sees (`batch.images` is the plain copy, for
-        colour similarity); weak_factor in [0, 1] is the warm-up of the losses without true masks.
-        Normalisers are means over ranks, so the losses of a global batch do not depend on how many
+        color similarity); weak_factor in [0, 1] is the warm-up of the losses without true masks.
+        Normalizers are means over ranks, so the losses of a global batch do not depend on how many
         processes share it.
         """
         encoded = self.encode(self.normalize(images, batch.sizes))
@@ -154,7 +147,7 @@ class CondInst(nn.Module):
         """Sums of the losses over their locations or instances, what each is to be divided by, and
         figures. Tensors alone matter here, not sizes known to Python, so that it compiles.
 
-        inside_image bool [N, H, W]: where colours can be relied on.
+        inside_image bool [N, H, W]: where colors can be relied on.
         """
         targets = fcos.assign_targets(
             encoded.locations, batch.boxes, batch.labels, batch.valid, batch.centers
@@ -362,7 +355,7 @@ def fit_boxes(
 def resize_images(
     images: Tensor, sizes: Sequence[tuple[int, int]], short_side: int, long_side: int
 ) -> tuple[Tensor, list[tuple[int, int]]]:
-    """Normalised images [N, 3, H, W] resized bilinearly, without antialiasing, and padded anew with
+    """Normalized images [N, 3, H, W] resized bilinearly, without antialiasing, and padded anew with
     0 to multiples of 32. Returns them and their new sizes.
     """
     new_sizes = [resized_size(height, width, short_side, long_side) for height, width in sizes]

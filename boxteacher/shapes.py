@@ -6,11 +6,11 @@ learning masks from boxes (tests measure both baselines).
 
 How: `_layout` draws the objects' outlines from one random stream, `make_shapes_image` paints them
 from another, so that annotations (`make_shapes_coco`) cost no painting. Painting happens in CIE Lab
-(D65), the space in which BoxInst (arXiv 2012.02310, section 3.2) compares colours: "visibly
+(D65), the space in which BoxInst (arXiv 2012.02310, section 3.2) compares colors: "visibly
 different" is then a distance, see `_object_color`.
 
 # S side of the square image · G objects in painting order (later ones cover earlier ones)
-# h, w an object's patch · K points or colours
+# h, w an object's patch · K points or colors
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SIDES = (0.16, 0.96)  # longer side of an object's box as a share of S, log-unif
 OBJECTS = (2, 6)  # objects tried per image; one that finds no room is left out
 MIN_VISIBLE = 0.6  # share of every object that stays visible in the end
 MIN_INSIDE = 0.85  # share of every object that lies inside the image
-MIN_CONTRAST = 30.0  # Lab distance that an object's colour should keep from what surrounds it
+MIN_CONTRAST = 30.0  # Lab distance that an object's color should keep from what surrounds it
 SUPERSAMPLING = 4  # edges are antialiased by drawing this much larger
 
 Patch = tuple[tuple[slice, slice], np.ndarray]  # where in the image, opacity [h, w] in [0, 1]
@@ -166,7 +166,7 @@ _GAMMA = (_GAMMA * 255 + 0.5).astype(np.uint8)  # a table: powers are slow
 def _random_color(
     rng: np.random.Generator, chroma: tuple[float, float], label: int | None = None
 ) -> np.ndarray:
-    """A Lab colour [3] of medium lightness, chroma in the given range, and any hue, or one of the
+    """A Lab color [3] of medium lightness, chroma in the given range, and any hue, or one of the
     class's: a fifth of the circle, which overlaps those of other classes by a third.
     """
     hue = rng.uniform(0, 2 * np.pi)
@@ -181,11 +181,11 @@ def _random_color(
 def _object_color(
     label: int, around: np.ndarray, used: list[np.ndarray], rng: np.random.Generator
 ) -> np.ndarray:
-    """A Lab colour for an object whose surroundings have the colours `around` [K, 3].
+    """A Lab color for an object whose surroundings have the colors `around` [K, 3].
 
     Usually it is one of its class's hues and keeps MIN_CONTRAST from nine tenths of its
-    surroundings, sometimes it has the colour of another object; now and then it is any colour. As
-    with fruit and cars, colour hints at the class, and its edges at the mask; neither decides.
+    surroundings, sometimes it has the color of another object; now and then it is any color. As
+    with fruit and cars, color hints at the class, and its edges at the mask; neither decides.
     """
     luck = rng.uniform()
     if luck < 0.08:
@@ -210,7 +210,7 @@ def _smooth_noise(rng: np.random.Generator, h: int, w: int, cell: float) -> np.n
 
 def _fill(color: np.ndarray, h: int, w: int, rng: np.random.Generator) -> np.ndarray:
     """A shaded, textured surface around `color` [3], Lab [h, w, 3]. Textures are of a few pixels:
-    finer than the grid on which colours are compared, by their means over 4 x 4 pixels.
+    finer than the grid on which colors are compared, by their means over 4 x 4 pixels.
     """
     y = (np.arange(h, dtype=np.float32) - h / 2)[:, None]
     x = (np.arange(w, dtype=np.float32) - w / 2)[None, :]
@@ -238,12 +238,12 @@ def _fill(color: np.ndarray, h: int, w: int, rng: np.random.Generator) -> np.nda
 
 
 def _background(size: int, rng: np.random.Generator) -> np.ndarray:
-    """A textured surface with drifting colour and unlabelled lines and specks; Lab [S, S, 3]."""
+    """A textured surface with drifting color and unlabeled lines and specks; Lab [S, S, 3]."""
     unit = size / 128
     lab = _fill(_random_color(rng, (0, 30)), size, size, rng)
     drift = rng.normal(0, 3, 3).astype(np.float32)
     lab += _smooth_noise(rng, size, size, size / 3)[..., None] * drift
-    for _ in range(rng.integers(1, 3)):  # each round: one colour
+    for _ in range(rng.integers(1, 3)):  # each round: one color
         canvas = Image.new("L", (2 * size, 2 * size))
         draw = ImageDraw.Draw(canvas)
         for _ in range(rng.integers(0, 3)):

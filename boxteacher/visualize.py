@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-FILL, RIM = 0.5, 0.9  # share of the colour inside, of the pale rim, at opacity 1
+FILL, RIM = 0.5, 0.9  # share of the color inside, of the pale rim, at opacity 1
 MAX_CAPTIONS = 15  # with more instances than this, captions would hide them
 TILE = 384  # side of a picture on a sheet
 GAP = 8
@@ -22,7 +22,7 @@ MAX_WIDTH = 1600
 
 
 def instance_color(index: int) -> tuple[int, int, int]:
-    """RGB of instance `index`: hues a golden-ratio turn apart, so that neighbours differ much."""
+    """RGB of instance `index`: hues a golden-ratio turn apart, so that neighbors differ much."""
     saturation = (0.85, 0.5, 0.7)[index % 3]
     red, green, blue = colorsys.hsv_to_rgb((0.02 + index * 0.618034) % 1, saturation, 1.0)
     return round(255 * red), round(255 * green), round(255 * blue)
@@ -38,7 +38,7 @@ def draw_instances(
     opacity: float | Sequence[float] | Tensor | np.ndarray = 1.0,
     side: int | None = None,
 ) -> Image.Image:
-    """One colour per instance: its mask with a firm rim, its box, its class (if several) and score.
+    """One color per instance: its mask with a firm rim, its box, its class (if several) and score.
 
     image    uint8 [3, H, W] or [H, W, 3], RGB
     boxes    [D, 4] xyxy in the image's pixels, or None: no boxes, no text
@@ -113,7 +113,7 @@ def _tint(
     masks: Tensor,
     opacity: float | Sequence[float] | Tensor | np.ndarray,
 ) -> Image.Image:
-    """Blend every mask's colour in, large instances first, so that small ones stay in sight.
+    """Blend every mask's color in, large instances first, so that small ones stay in sight.
 
     torchvision's draw_segmentation_masks has one alpha for all; here each instance has its own.
     """

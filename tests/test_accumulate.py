@@ -9,13 +9,13 @@ from torch.testing import assert_close
 
 import train
 from boxteacher.checkpoint import load_checkpoint
-from boxteacher.config import ConfigError, parse
-from boxteacher.data import TrainOrder
-from boxteacher.datasets import make_train_set, make_val_set
+from boxteacher.command_line import parse
+from boxteacher.config import ConfigError
+from boxteacher.data import TrainOrder, make_train_set, make_val_set
 
 torch.set_num_threads(1)
 
-# One image, never flipped: all parts have the same normalisers, so their losses' mean is the
+# One image, never flipped: all parts have the same normalizers, so their losses' mean is the
 # whole's. Group norm, since batch norm's statistics are each part's own.
 SAME = """shapes --shapes-train 1 --flip false --norm gn --mask-norm gn --shapes-size 64
     --train-sizes 64 --train-max-size 64 --test-size 64 --test-max-size 64 --shapes-val 1

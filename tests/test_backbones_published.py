@@ -10,7 +10,8 @@ from torch import nn
 from torchvision.models.swin_transformer import ShiftedWindowAttention
 
 from boxteacher.backbone import DeformableConv, ResNet, Swin, WindowAttention, without_drop_path
-from boxteacher.config import Config, ConfigError, parse
+from boxteacher.command_line import parse
+from boxteacher.config import Config, ConfigError
 from boxteacher.model import PIXELS, build_model, make_teacher
 from train import parameter_groups
 

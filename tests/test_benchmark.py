@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from boxteacher.config import ConfigError, parse
+from boxteacher.command_line import parse
+from boxteacher.config import ConfigError
 from boxteacher.tools import benchmark
 
 torch.set_num_threads(1)

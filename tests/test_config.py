@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from boxteacher import config
-from boxteacher.config import FIELDS, PRESETS, Config, ConfigError, from_preset, parse, validate
+from boxteacher.command_line import parse
+from boxteacher.config import FIELDS, Config, ConfigError, validate
+from boxteacher.presets import PRESETS, from_preset
 
 
 def refusal(*argv: str) -> str:

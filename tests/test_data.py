@@ -1,4 +1,4 @@
-"""data.py and datasets.py: what is refused, image modes, geometry against loops, batches."""
+"""coco.py, transforms.py, data.py: what is refused, image modes, geometry and batches."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as rle_codec
 
-from boxteacher import data, datasets
-from boxteacher.data import DataError, Geometry, View
+from boxteacher import data, transforms
+from boxteacher.coco import DataError, check_coco, image_loader, read_coco
+from boxteacher.transforms import Geometry, View, augment, draw_view
 
 # pycocotools 2.0.11 under numpy 2.4
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")
@@ -82,9 +83,9 @@ def many(count: int) -> dict:
 
 
 def test_a_box_only_json_is_read(tmp_path):
-    coco = datasets.read_coco(*write(tmp_path, tiny_coco()))
+    coco = read_coco(*write(tmp_path, tiny_coco()))
     assert coco["images"] == tiny_coco()["images"]
-    loaded = dataset(coco, load_image=datasets.image_loader(tmp_path))
+    loaded = dataset(coco, load_image=image_loader(tmp_path))
     assert loaded.class_names == ["cat", "dog"]
     assert loaded.category_ids == [2, 7]
     assert [c["id"] for c in loaded.categories] == [2, 7]
@@ -177,7 +178,7 @@ def test_bad_json_gets_one_line_with_file_entry_and_field(tmp_path, path, value,
     change(path, value)(coco)
     json_path, images_dir = write(tmp_path, coco)
     with pytest.raises(DataError, match=message) as caught:
-        datasets.read_coco(json_path, images_dir)
+        read_coco(json_path, images_dir)
     assert str(caught.value).startswith(f"{json_path}: ")
     assert "\n" not in str(caught.value)
 
@@ -189,28 +190,28 @@ def test_malformed_json(tmp_path, text):
     with pytest.raises(
         DataError, match=r"boxes.json cannot be read \(.*\); give a JSON file"
     ) as caught:
-        datasets.read_coco(json_path, images_dir)
+        read_coco(json_path, images_dir)
     assert "\n" not in str(caught.value)
 
 
 def test_missing_json_or_images(tmp_path):
     json_path, images_dir = write(tmp_path, tiny_coco())
     with pytest.raises(DataError, match=r"none\.json cannot be read .*No such file.*; give"):
-        datasets.read_coco(tmp_path / "none.json", images_dir)
+        read_coco(tmp_path / "none.json", images_dir)
     with pytest.raises(DataError, match="none: no such image directory; give"):
-        datasets.read_coco(json_path, tmp_path / "none")
+        read_coco(json_path, tmp_path / "none")
     (tmp_path / "tall.png").unlink()
     with pytest.raises(
         DataError, match=r"tall\.png: no such file.*id 9.*'file_name'.*1 of 2 images"
     ):
-        datasets.read_coco(json_path, images_dir)
-    assert datasets.read_coco(json_path, tmp_path / "none", check_images=False)["images"]
+        read_coco(json_path, images_dir)
+    assert read_coco(json_path, tmp_path / "none", check_images=False)["images"]
 
 
 @pytest.mark.parametrize("top", [[], [1], None, 3, "images"])
 def test_top_level_must_be_an_object(top):
     with pytest.raises(DataError, match=r"x\.json: the top level is a \w+; expected an object"):
-        datasets.check_coco(top, "x.json")
+        check_coco(top, "x.json")
 
 
 def test_known_empty_boxes_of_coco_are_left_out():
@@ -218,7 +219,7 @@ def test_known_empty_boxes_of_coco_are_left_out():
     coco["images"].append({"id": 200365, "file_name": "0.jpg", "width": 640, "height": 480})
     empty = {"id": 918, "image_id": 200365, "category_id": 2, "bbox": [296.65, 388.33, 1.03, 0.0]}
     coco["annotations"] += [empty, empty | {"id": 919, "bbox": [5, 6, 7, 8]}]
-    datasets.check_coco(coco, "coco")
+    check_coco(coco, "coco")
     assert dataset(coco)[2].boxes.tolist() == [[5, 6, 12, 14]]
 
 
@@ -229,9 +230,9 @@ def test_image_of_another_size_is_refused_before_training(tmp_path, size):
     with pytest.raises(
         DataError, match=r"boxes\.json: image id 3 \(wide\.png\).*40x30.*has {}x{}".format(*size)
     ):
-        datasets.read_coco(json_path, images_dir)
+        read_coco(json_path, images_dir)
     with pytest.raises(DataError, match="image id 3"):  # and when loaded
-        dataset(tiny_coco(), load_image=datasets.image_loader(images_dir))[0]
+        dataset(tiny_coco(), load_image=image_loader(images_dir))[0]
 
 
 # --- image files ---
@@ -252,14 +253,14 @@ def test_exif_rotated_images_count_as_rotated(tmp_path, suffix):
     coco = tiny_coco()
     coco["images"][0]["file_name"] = f"a.{suffix}"
     json_path, images_dir = write(tmp_path, coco)
-    datasets.read_coco(json_path, images_dir)  # 40x30 after rotation: as the JSON says
-    image = datasets.image_loader(images_dir)(coco["images"][0])
+    read_coco(json_path, images_dir)  # 40x30 after rotation: as the JSON says
+    image = image_loader(images_dir)(coco["images"][0])
     assert image.shape == (30, 40, 3)
     if suffix in ("png", "tiff"):
         np.testing.assert_array_equal(image, seen)
     save_rotated(tmp_path / f"a.{suffix}", (40, 30))  # 30x40 when seen upright
     with pytest.raises(DataError, match=r"image id 3.*40x30.*30x40"):
-        datasets.read_coco(json_path, images_dir)
+        read_coco(json_path, images_dir)
 
 
 GRAY = np.arange(0, 252, dtype=np.uint8).reshape(12, 21)
@@ -307,7 +308,7 @@ def test_every_mode_loads_as_rgb(tmp_path, mode):
     with Image.open(tmp_path / f"a.{suffix}") as saved:
         # before version 11, Pillow opened 16-bit PNG files as I
         assert saved.mode == mode.split("-")[0] or (mode, saved.mode) == ("I;16", "I")
-    loaded = datasets.image_loader(tmp_path)({"file_name": f"a.{suffix}"})
+    loaded = image_loader(tmp_path)({"file_name": f"a.{suffix}"})
     assert loaded.dtype == np.uint8
     assert loaded.flags.writeable
     np.testing.assert_array_equal(loaded, expected)
@@ -329,7 +330,7 @@ def test_unusable_images_are_refused_by_name(tmp_path, name, make, reason):
     with pytest.raises(
         DataError, match=f"{name} cannot be read .*{reason}.*; replace it"
     ) as caught:
-        datasets.image_loader(tmp_path)({"file_name": name})
+        image_loader(tmp_path)({"file_name": name})
     assert "\n" not in str(caught.value)
 
 
@@ -341,14 +342,14 @@ def test_truncated_images_are_refused_by_name(tmp_path, name):
     for share in (0.3, 0.9):
         (tmp_path / name).write_bytes(content[: int(len(content) * share)])
         with pytest.raises(DataError, match=f"{name} cannot be read"):
-            datasets.image_loader(tmp_path)({"file_name": name})
+            image_loader(tmp_path)({"file_name": name})
 
 
 def test_unreadable_header_is_refused_before_training(tmp_path):
     json_path, images_dir = write(tmp_path, tiny_coco())
     (tmp_path / "tall.png").write_text("no image")
     with pytest.raises(DataError, match=r"tall\.png cannot be read"):
-        datasets.read_coco(json_path, images_dir)
+        read_coco(json_path, images_dir)
 
 
 # --- geometry ---
@@ -370,7 +371,7 @@ def test_unreadable_header_is_refused_before_training(tmp_path):
     ],
 )
 def test_resized_size(args, expected):
-    assert data.resized_size(*args) == expected
+    assert transforms.resized_size(*args) == expected
 
 
 @st.composite
@@ -400,12 +401,12 @@ def test_mask_of_a_view_against_loops(view, seed, compressed):
     found = view.mask(encode(mask, compressed))
     assert found.shape == (h, w)
     assert found.dtype == bool
-    # A pixel centre exactly on the border of two pixels may round to either.
+    # A pixel center exactly on the border of two pixels may round to either.
     assert (found != expected).mean() <= (0 if is_generic(view) else 0.5)
 
 
 def is_generic(view: View) -> bool:
-    """No centre of a resized pixel lies on the border of two original ones."""
+    """No center of a resized pixel lies on the border of two original ones."""
     return all(
         (2 * k + 1) * old % (2 * new)
         for old, new in zip(view.original, view.resized, strict=True)
@@ -498,11 +499,11 @@ def test_flipping_twice_is_the_identity():
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.integers(5, 80), st.integers(5, 80), st.integers(1, 100), st.integers(0, 10**6))
-def test_a_crop_shows_the_centre_of_a_box(height, width, crop, seed):
+def test_a_crop_shows_the_center_of_a_box(height, width, crop, seed):
     rng = np.random.default_rng(seed)
     corners = np.sort(rng.uniform(0, 1, (3, 2, 2)), axis=1) * (width, height)
     geometry = Geometry(scales=(0.5, 1.0, 2.3), crop=crop, flip=True)
-    view = data.draw_view(geometry, (height, width), corners.reshape(3, 4), rng)
+    view = draw_view(geometry, (height, width), corners.reshape(3, 4), rng)
     (tall, wide), (top, left, h, w) = view.resized, view.window
     assert (h, w) == (min(crop, tall), min(crop, wide))
     assert 0 <= top <= tall - h
@@ -517,9 +518,7 @@ def test_draws_cover_sizes_flips_and_places():
         Geometry(sizes=(30, 40), max_size=60, crop=20, flip=True),
         np.array([[0, 0, 60, 90]]),
     )
-    drawn = [
-        data.draw_view(geometry, (90, 60), boxes, np.random.default_rng(k)) for k in range(200)
-    ]
+    drawn = [draw_view(geometry, (90, 60), boxes, np.random.default_rng(k)) for k in range(200)]
     assert {view.resized for view in drawn} == {(45, 30), (60, 40)}
     assert 70 < sum(view.flip for view in drawn) < 130
     assert len({view.window for view in drawn}) > 50
@@ -560,7 +559,7 @@ def masked_coco() -> dict:
     coco["annotations"][0]["segmentation"] = [[4, 6, 24, 16, 4, 16]]
     coco["annotations"][1]["segmentation"] = encode(triangle, True)
     coco["annotations"][2]["segmentation"] = encode(np.zeros((50, 24), bool), False)
-    datasets.check_coco(coco, "masks")
+    check_coco(coco, "masks")
     return coco
 
 
@@ -569,15 +568,13 @@ def test_masks_and_centroids():
     masked = dataset(masked_coco(), geometry, with_masks=True, mask_centers=True)
     for key in range(4):
         sample = masked[0, key]
-        view = data.draw_view(
-            geometry, (30, 40), masked.boxes[0], np.random.default_rng((0, 0, key))
-        )
+        view = draw_view(geometry, (30, 40), masked.boxes[0], np.random.default_rng((0, 0, key)))
         for g in range(2):
             mask = view.mask(masked_coco()["annotations"][g]["segmentation"])
             np.testing.assert_array_equal(sample.masks[g], mask[2::4, 2::4])
             points = [(x, y) for y in range(60) for x in range(80) if mask[y, x]]
             np.testing.assert_allclose(sample.centers[g], np.mean(points, axis=0), rtol=1e-5)
-    empty = masked[1]  # an empty mask: its box's centre
+    empty = masked[1]  # an empty mask: its box's center
     assert not empty.masks.any()
     assert empty.has_mask.tolist() == [True]
     assert torch.equal(empty.centers, (empty.boxes[:, :2] + empty.boxes[:, 2:]) / 2)
@@ -612,7 +609,7 @@ def test_cut_rows_follow_the_view():
     cropped = dataset(tiny_coco(), Geometry(scales=(2.0,), crop=32), **rows)
     for key in range(20):
         box = cropped.boxes[0]
-        view = data.draw_view(cropped.geometry, (30, 40), box, np.random.default_rng((0, 0, key)))
+        view = draw_view(cropped.geometry, (30, 40), box, np.random.default_rng((0, 0, key)))
         seen = range(view.window[0], view.window[0] + view.window[2])
         assert cropped[0, key].cut_rows == sum(row >= 60 - 20 for row in seen)
 
@@ -782,13 +779,11 @@ def test_a_workers_error_arrives_as_its_one_line(workers):
 
 def test_a_dataset_can_be_sent_to_a_worker(tmp_path):
     write(tmp_path, tiny_coco())
-    sent = pickle.loads(
-        pickle.dumps(dataset(tiny_coco(), load_image=datasets.image_loader(tmp_path)))
-    )
+    sent = pickle.loads(pickle.dumps(dataset(tiny_coco(), load_image=image_loader(tmp_path))))
     assert sent[0].image_id == 3
 
 
-# --- colour augmentation ---
+# --- color augmentation ---
 
 
 SIZES = [(40, 64), (64, 50), (17, 33)]
@@ -806,12 +801,12 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("strength", list(data.STRENGTHS))
+@pytest.mark.parametrize("strength", list(transforms.STRENGTHS))
 def test_augment_keeps_padding_input_and_device(strength):
     images, before = colorful(), colorful()
     changed = 0
     for seed in range(8):
-        augmented = data.augment(images, SIZES, strength, seeded(seed))
+        augmented = augment(images, SIZES, strength, seeded(seed))
         assert torch.equal(images, before)
         assert augmented.dtype == torch.uint8
         for n, (h, w) in enumerate(SIZES):
@@ -823,33 +818,31 @@ def test_augment_keeps_padding_input_and_device(strength):
     ]
     assert low <= changed <= high
     assert torch.equal(
-        data.augment(images, SIZES, strength, seeded(3)),
-        data.augment(images, SIZES, strength, seeded(3)),
+        augment(images, SIZES, strength, seeded(3)),
+        augment(images, SIZES, strength, seeded(3)),
     )
 
 
 @pytest.mark.parametrize("strength", ["strong", "strong_blur"])
 def test_augment_does_not_see_padding(strength):
-    """An image gets the same colours whatever stands in its padding, and whatever its size."""
+    """An image gets the same colors whatever stands in its padding, and whatever its size."""
     images = colorful()
     wider = torch.zeros(3, 3, 96, 128, dtype=torch.uint8)
     wider[:, :, :64, :64] = images
     for seed in range(6):
-        narrow = data.augment(images, SIZES, strength, seeded(seed))
-        assert torch.equal(
-            data.augment(wider, SIZES, strength, seeded(seed))[:, :, :64, :64], narrow
-        )
+        narrow = augment(images, SIZES, strength, seeded(seed))
+        assert torch.equal(augment(wider, SIZES, strength, seeded(seed))[:, :, :64, :64], narrow)
 
 
 def test_augment_in_parts_draws_what_the_whole_draws():
     images = colorful()
-    whole = data.augment(images, SIZES, "strong_blur", seeded(1))
+    whole = augment(images, SIZES, "strong_blur", seeded(1))
     for n in range(3):
-        part = data.augment(images[n : n + 1], SIZES[n : n + 1], "strong_blur", seeded(1), skip=n)
+        part = augment(images[n : n + 1], SIZES[n : n + 1], "strong_blur", seeded(1), skip=n)
         assert torch.equal(part[0], whole[n])
     generator = seeded(1)
-    parts = [data.augment(images[:2], SIZES[:2], "strong_blur", generator)]
-    parts.append(data.augment(images[2:], SIZES[2:], "strong_blur", generator))
+    parts = [augment(images[:2], SIZES[:2], "strong_blur", generator)]
+    parts.append(augment(images[2:], SIZES[2:], "strong_blur", generator))
     assert torch.equal(torch.cat(parts), whole)
 
 
@@ -863,7 +856,7 @@ def test_augment_strengths():
         "strong_blur": (0.84, 0.2, 0.35, 0.75),
     }
     for strength, (change_rate, gray_rate, at_least, at_most) in expected.items():
-        augmented = data.augment(images, [(4, 4)] * 200, strength, seeded(0))[:, :, 0, 0].int()
+        augmented = augment(images, [(4, 4)] * 200, strength, seeded(0))[:, :, 0, 0].int()
         changed = (augmented != color[:, 0, 0]).any(1).float().mean().item()
         gray = (augmented.amax(1) == augmented.amin(1)).float().mean().item()
         assert abs(changed - change_rate) < 0.06
@@ -875,11 +868,11 @@ def test_augment_strengths():
 
 def test_blur_is_torchvisions():
     image = colorful()[1, :, :64, :50]
-    strength = data.Strength((0, 0, 0, 0), 0, 0, 1)
-    found = data._augment_image(image, strength, [0.5] * 12)
+    strength = transforms.Strength((0, 0, 0, 0), 0, 0, 1)
+    found = transforms._augment_image(image, strength, [0.5] * 12)
     assert torch.equal(found, tvf.gaussian_blur(image, [3, 3], [1.05, 1.05]))
     one_pixel = torch.full((3, 1, 9), 7, dtype=torch.uint8)
-    assert torch.equal(data._augment_image(one_pixel, strength, [0.5] * 12), one_pixel)
+    assert torch.equal(transforms._augment_image(one_pixel, strength, [0.5] * 12), one_pixel)
 
 
 def test_jitter_order_and_amounts():
@@ -887,7 +880,7 @@ def test_jitter_order_and_amounts():
     draws = [0.75, 0.25, 0.9, 0.4, 0.3, 0.1, 0.4, 0.2, 0.0, 0.5, 0.9, 0.0]  # order: 1, 3, 0, 2
     expected = tvf.adjust_hue(tvf.adjust_contrast(image, 0.8), -0.02)
     expected = tvf.adjust_saturation(tvf.adjust_brightness(expected, 1.2), 1.32)
-    found = data._augment_image(image, data.STRENGTHS["strong"], draws)
+    found = transforms._augment_image(image, transforms.STRENGTHS["strong"], draws)
     assert (found.int() - expected.int()).abs().max() <= 1
 
 
@@ -895,12 +888,12 @@ def test_augment_reads_nothing_back_from_the_device():
     """Meta tensors have no values: any .item(), any data-dependent shape would raise."""
     images = colorful().to("meta")
     for seed in range(6):
-        assert data.augment(images, SIZES, "strong_blur", seeded(seed)).device.type == "meta"
+        assert augment(images, SIZES, "strong_blur", seeded(seed)).device.type == "meta"
 
 
 def test_unknown_strength():
     with pytest.raises(ValueError, match="'mild' is not one of none, weak, strong, strong_blur"):
-        data.augment(colorful(), SIZES, "mild", seeded(0))
+        augment(colorful(), SIZES, "mild", seeded(0))
 
 
 # --- real data ---
@@ -909,11 +902,11 @@ def test_unknown_strength():
 @pytest.mark.skipif(not NUCLEI.is_dir(), reason="needs ../shared/data/nuclei")
 def test_nuclei():
     annotations = NUCLEI / "annotations"
-    coco = datasets.read_coco(annotations / "boxes_train.json", NUCLEI / "images" / "train")
+    coco = read_coco(annotations / "boxes_train.json", NUCLEI / "images" / "train")
     train = dataset(
         coco,
         Geometry(scales=(1.5, 2.0), crop=256, flip=True),
-        load_image=datasets.image_loader(NUCLEI / "images" / "train"),
+        load_image=image_loader(NUCLEI / "images" / "train"),
         with_masks=True,
     )
     assert train.notes == []
@@ -925,9 +918,9 @@ def test_nuclei():
         assert not batch.has_mask.any()
         assert not batch.masks.any()
 
-    coco = datasets.read_coco(annotations / "instances_val.json", NUCLEI / "images" / "val")
+    coco = read_coco(annotations / "instances_val.json", NUCLEI / "images" / "val")
     geometry = Geometry(sizes=(384,), max_size=800)
-    load = datasets.image_loader(NUCLEI / "images" / "val")
+    load = image_loader(NUCLEI / "images" / "val")
     val = dataset(coco, geometry, load_image=load, train=False, with_masks=True, mask_centers=True)
     assert len(val) == 51
     batch, original = next(iter(data.make_test_loader(val, 0, 1, 0)))

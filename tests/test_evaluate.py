@@ -15,11 +15,12 @@ import evaluate
 import train
 from boxteacher.backbone import WeightsError
 from boxteacher.checkpoint import CheckpointError, save_checkpoint
-from boxteacher.config import ConfigError, parse
-from boxteacher.data import DataError
-from boxteacher.datasets import make_val_set
+from boxteacher.coco import DataError
+from boxteacher.command_line import parse
+from boxteacher.config import ConfigError
+from boxteacher.data import make_val_set
 from boxteacher.model import build_model
-from boxteacher.official import COCO_CLASSES, to_official
+from boxteacher.published import COCO_CLASSES, to_published
 
 
 def run(monkeypatch, capsys, *argv) -> str:
@@ -48,7 +49,7 @@ def folder(tmp_path_factory):
     (folder / "val.json").write_text(json.dumps(coco))
     weights = {}
     for network in ("teacher", "student"):
-        state = to_official(synthetic_model("boxteacher", "r50", network).state_dict())
+        state = to_published(synthetic_model("boxteacher", "r50", network).state_dict())
         weights |= {f"{network}.{name}": value for name, value in state.items()}
     torch.save({"model": weights}, folder / "boxteacher.pth")
     return folder
@@ -61,7 +62,7 @@ def data_options(folder) -> list:
 
 @pytest.mark.parametrize("network", ["teacher", "student"])
 def test_a_published_checkpoint_gives_the_published_output(folder, monkeypatch, capsys, network):
-    argv = ["--official", folder / "boxteacher.pth", "--preset", "coco_boxteacher_r50_1x"]
+    argv = ["--published", folder / "boxteacher.pth", "--preset", "coco_boxteacher_r50_1x"]
     argv += ["--student"] * (network == "student")
     out = run(monkeypatch, capsys, *argv, *data_options(folder))
     path = folder / f"boxteacher_{network}_results.json"
@@ -98,7 +99,7 @@ def test_other_classes_are_refused(folder, monkeypatch, capsys):
     (folder / "fewer.json").write_text(json.dumps(coco))
     options = [*data_options(folder), "--val-json", folder / "fewer.json"]
     with pytest.raises(DataError, match=r"has other classes than .* knows person, bicycle"):
-        run(monkeypatch, capsys, "--official", folder / "boxteacher.pth", *options)
+        run(monkeypatch, capsys, "--published", folder / "boxteacher.pth", *options)
 
 
 # --- our own --------------------------------------------------------------------------------------
@@ -138,11 +139,11 @@ def test_our_checkpoint(last, monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "error", "words"),
     [
-        (["--student"], ConfigError, "give either --checkpoint FILE or --official FILE"),
+        (["--student"], ConfigError, "give either --checkpoint FILE or --published FILE"),
         (["--checkpoint"], ConfigError, "give either"),
-        (["--checkpoint", "a.pt", "--official", "b.pth"], ConfigError, "give either"),
+        (["--checkpoint", "a.pt", "--published", "b.pth"], ConfigError, "give either"),
         (["--checkpoint", "none.pt"], CheckpointError, "none.pt"),
-        (["--official", "none.pth"], CheckpointError, "none.pth: no such checkpoint file"),
+        (["--published", "none.pth"], CheckpointError, "none.pth: no such checkpoint file"),
         (["--checkpoint", "LAST", "--preset", "shapes"], ConfigError, "has its own"),
         (["--checkpoint", "LAST", "--val-json", "a.json"], ConfigError, "add --dataset coco"),
         (["--checkpoint", "LAST", "--backbone", "resnet34"], CheckpointError, "missing"),

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torchvision.ops import box_iou
 
 from boxteacher import losses
-from boxteacher.data import resized_size
 from boxteacher.ema import ema_momentum
 from boxteacher.fcos import Predictions, assign_targets, detect, flatten_levels, make_locations
 from boxteacher.mask_head import aligned_upsample, dynamic_mask_logits
 from boxteacher.model import resize_images
 from boxteacher.pseudo_labels import assign_to_boxes
+from boxteacher.transforms import resized_size
 
 PATH = Path(__file__).parents[2] / "shared" / "golden" / "golden_ops.npz"
 pytestmark = pytest.mark.skipif(not PATH.is_file(), reason=f"no golden values at {PATH}")
@@ -93,7 +93,7 @@ def test_fcos_targets(golden, centers_of):
     for n in range(3):
         mine = golden(f"fcos_targets/in/classes{n}")
         classes[n, : len(mine)] = mine
-    # of a rasterised box, the centroid in pixel indices
+    # of a rasterized box, the centroid in pixel indices
     corners = boxes if centers_of == "box_center" else boxes.trunc()
     centers = (corners[..., :2] + corners[..., 2:]) / 2
     features = maps_of_image(*golden("fcos_targets/in/hw").tolist())
@@ -246,7 +246,7 @@ def test_affinity(golden, threshold):
     terms = slow_pairwise(logits)
     student, alone = every_pixel_alone(logits)
     for mask, affinity in zip(masks, golden("affinity/out"), strict=True):
-        # with every pixel on its own, which neighbours count shows in the loss
+        # with every pixel on its own, which neighbors count shows in the loss
         loss = losses.affinity_loss(
             student, mask.expand_as(student), alone, inside[None], threshold
         ).view(mask.shape)

@@ -15,10 +15,11 @@ from golden.compare import SOURCES, assert_summary, load, match, unpack
 from golden.synthetic import recolor, synthetic_model, training_images
 
 from boxteacher import fcos
-from boxteacher.data import Batch, resized_size
+from boxteacher.data import Batch
 from boxteacher.losses import box_masks
 from boxteacher.model import fit_boxes, make_teacher
-from boxteacher.official import to_official
+from boxteacher.published import to_published
+from boxteacher.transforms import resized_size
 
 VARIANTS = {"b": "boxteacher", "c2": "boxinst", "d": "condinst"}
 LOSSES = {
@@ -151,13 +152,13 @@ def test_losses(variant, source):
 def test_gradients_of_every_parameter(variant, source):
     golden, model = golden_step(source), run_step(variant).model
     gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
-    gradients = {n: g for n, g in to_official(gradients).items() if not n.startswith("mask_head.")}
+    gradients = {n: g for n, g in to_published(gradients).items() if not n.startswith("mask_head.")}
     norms = {name: gradient.norm().item() for name, gradient in gradients.items()}
     names = [name.removeprefix("student.") for name in golden[f"{variant}/grad_names"].tolist()]
     wanted = dict(zip(names, golden[f"{variant}/grad_norms"].tolist(), strict=True))
     assert norms == pytest.approx(wanted, rel=2e-5, abs=1e-12)
-    for name, official in zip(names, golden[f"{variant}/grad_names"].tolist(), strict=True):
-        for key in (name, official):
+    for name, published in zip(names, golden[f"{variant}/grad_names"].tolist(), strict=True):
+        for key in (name, published):
             assert_summary(gradients[name], golden, f"{variant}/grad/{key}", 5e-5)
 
 
@@ -199,7 +200,7 @@ def test_target_assignment_and_sampled_instances(variant, source):
 def test_batch_norm_statistics_after_the_step(variant, source):
     golden, step = golden_step(source), run_step(variant)
     networks = {"student": step.model, "teacher": step.teacher}
-    states = {who: to_official(m.state_dict()) for who, m in networks.items() if m is not None}
+    states = {who: to_published(m.state_dict()) for who, m in networks.items() if m is not None}
     prefix = f"{variant}/bn_after/"
     for key in (key for key in golden if key.startswith(prefix)):
         who, _, name = key.removeprefix(prefix).partition(".")
@@ -253,8 +254,8 @@ def test_pseudo_masks_of_the_published_code(source):
 
 
 @SOURCES
-def test_published_boxinst_samples_round_the_rasterised_box(source):
-    """Variant c: given those centres, everything else is the same."""
+def test_published_boxinst_samples_round_the_rasterized_box(source):
+    """Variant c: given those centers, everything else is the same."""
     golden, step = golden_step(source), run_step("c2")
     centers = step.batch.centers.clone()
     for n, (height, width) in enumerate(step.batch.sizes):

@@ -10,28 +10,48 @@ from pathlib import Path
 
 import pytest
 
-from boxteacher.config import PRESETS, Config, parse
+from boxteacher.command_line import parse
+from boxteacher.config import Config
+from boxteacher.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "boxteacher"
 
-# Every file of the package: tier, third-party packages, siblings. "torchvision.ops" admits only it.
-TIER_0 = {"losses", "pseudo_labels", "mask_head", "ema"}
-TIER_1 = {"backbone", "fcos", "shapes", "data", "distributed", "config", "official"}
+# Every file of the package: third-party packages and siblings that it may import.
+# "torchvision.ops" admits only it.
+ALONE = {"losses", "pseudo_labels", "mask_head", "ema", "backbone", "fcos", "shapes"}
 MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "__init__": (set(), set()),
-    **{name: ({"torch"}, set()) for name in TIER_0},
+    # files to copy: they stand alone
+    **{name: ({"torch"}, set()) for name in ("losses", "pseudo_labels", "mask_head", "ema")},
     "backbone": ({"torch", "torchvision"}, set()),
     "fcos": ({"torch", "torchvision.ops"}, set()),
     "shapes": ({"numpy", "PIL"}, set()),
-    "data": ({"torch", "torchvision", "numpy", "PIL", "pycocotools"}, set()),
-    "distributed": ({"torch"}, set()),
-    "config": (set(), set()),
-    "model": ({"torch", "torchvision"}, TIER_0 | TIER_1),
-    "evaluation": ({"torch", "numpy", "pycocotools", "tqdm"}, {"data", "distributed"}),
-    "datasets": ({"numpy", "PIL"}, {"config", "data", "shapes"}),
-    "official": ({"torch", "numpy"}, set()),
-    "checkpoint": ({"torch"}, {"config", "official", "model"}),  # model: its program only
+    # settings
+    "errors": (set(), set()),
+    "config": (set(), {"errors"}),
+    "presets": (set(), {"config"}),
+    "command_line": (set(), {"config", "presets"}),
+    # data
+    "distributed": ({"torch"}, {"errors"}),
+    "coco": ({"numpy", "PIL"}, {"errors"}),
+    "transforms": ({"torch", "torchvision", "numpy", "PIL", "pycocotools"}, set()),
+    "data": (
+        {"torch", "numpy"},
+        {"coco", "config", "shapes", "transforms"},
+    ),
+    # the method
+    "model": (
+        {"torch", "torchvision"},
+        ALONE | {"config", "data", "distributed", "published", "transforms"},
+    ),
+    # around it
+    "checkpoint": ({"torch"}, {"errors"}),
+    "published": (
+        {"torch", "numpy"},
+        {"checkpoint", "command_line", "config", "errors", "model", "presets"},
+    ),
+    "coco_eval": ({"torch", "numpy", "pycocotools", "tqdm"}, {"data", "distributed", "errors"}),
     "visualize": ({"torch", "numpy", "PIL"}, set()),
     "reporting": ({"torch", "tqdm", "PIL"}, {"data", "distributed", "model", "visualize"}),
 }
@@ -84,7 +104,7 @@ def imports_of(path: Path) -> tuple[set[str], set[str]]:
 
 
 @pytest.mark.parametrize("name", MAY_IMPORT)
-def test_a_file_imports_only_what_its_tier_may(name):
+def test_a_file_imports_only_what_it_may(name):
     foreign, siblings = imports_of(PACKAGE / f"{name}.py")
     modules, allowed_siblings = MAY_IMPORT[name]
     assert siblings <= allowed_siblings
@@ -109,9 +129,9 @@ for folder in sys.argv[1:]:
 
 @pytest.fixture(scope="module")
 def imported_alone(tmp_path_factory) -> subprocess.CompletedProcess:
-    """Imports each file of tiers 0 and 1 from a folder of its own, out of reach of the package."""
+    """Imports each file of ALONE from a folder of its own, out of reach of the package."""
     folders = []
-    for name in sorted(TIER_0 | TIER_1):
+    for name in sorted(ALONE):
         folder = tmp_path_factory.mktemp("alone") / name
         folder.mkdir()
         shutil.copy(PACKAGE / f"{name}.py", folder)
@@ -121,8 +141,8 @@ def imported_alone(tmp_path_factory) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=empty, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("name", sorted(TIER_0 | TIER_1))
-def test_a_file_of_tier_0_or_1_stands_alone(imported_alone, name):
+@pytest.mark.parametrize("name", sorted(ALONE))
+def test_a_file_to_copy_stands_alone(imported_alone, name):
     assert f"{name} ok" in imported_alone.stdout.splitlines(), imported_alone.stderr
 
 
@@ -130,7 +150,11 @@ def test_a_file_of_tier_0_or_1_stands_alone(imported_alone, name):
 
 
 def test_every_config_field_is_read_outside_config():
-    sources = [p for p in PACKAGE.rglob("*.py") if p.name != "config.py"]
+    sources = [
+        p
+        for p in PACKAGE.rglob("*.py")
+        if p.name not in ("config.py", "presets.py", "command_line.py")
+    ]
     text = "\n".join(p.read_text() for p in [*sources, ROOT / "train.py", ROOT / "evaluate.py"])
     read = set(re.findall(r"\b(?:cfg|config)\.(\w+)", text))
     assert {field.name for field in dataclasses.fields(Config)} - read == set()

@@ -200,7 +200,7 @@ def slow_pair_term(a, b):
 
 
 def slow_pairwise(logits, weight):
-    """Σ w * term and Σ w over pixels i and neighbours j inside the map; weight(k, i, j)."""
+    """Σ w * term and Σ w over pixels i and neighbors j inside the map; weight(k, i, j)."""
     height, width = len(logits), len(logits[0])
     loss = total = 0.0
     for y in range(height):
@@ -246,10 +246,10 @@ def test_pairwise_gradients():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_pairwise_of_huge_logits(dtype):
-    """Sure neighbours cost nothing if they agree, |logit| if not; nothing overflows."""
+    """Sure neighbors cost nothing if they agree, |logit| if not; nothing overflows."""
     everything = torch.ones(1, 8, 6, 6, dtype=torch.bool), torch.ones(1, 1, 6, 6, dtype=torch.bool)
     signs = torch.ones(6, 6)
-    signs[:, ::4] = signs[:, 1::4] = -1  # columns - - + + - -: left and right neighbours differ
+    signs[:, ::4] = signs[:, 1::4] = -1  # columns - - + + - -: left and right neighbors differ
     for logits, expected in ((torch.full((6, 6), 1e3), 0.0), (1e3 * signs, None)):
         for logits_ in (logits, -logits):
             x = logits_.to(dtype).expand(1, 1, 6, 6).clone().requires_grad_()
@@ -310,7 +310,7 @@ def test_affinity_loss(threshold):
     assert loss[0, 1] == 0
 
 
-# --- colours --------------------------------------------------------------------------------------
+# --- colors --------------------------------------------------------------------------------------
 
 
 def slow_lab(red, green, blue):
@@ -353,7 +353,7 @@ def test_rgb_to_lab():
 
 @pytest.fixture
 def picture():
-    """Images of close colours, so that similarities are neither 0 nor 1; [2, 3, 24, 28]."""
+    """Images of close colors, so that similarities are neither 0 nor 1; [2, 3, 24, 28]."""
     base = torch.tensor([120, 90, 60])[:, None, None]
     return (base + torch.randint(-25, 26, (2, 3, 24, 28))).to(torch.uint8)
 

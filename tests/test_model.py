@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torchvision.ops import box_iou
 
 from boxteacher import fcos, losses
-from boxteacher.config import from_preset
 from boxteacher.data import Batch
 from boxteacher.mask_head import aligned_upsample, dynamic_mask_logits
 from boxteacher.model import PseudoMasks, build_model, fit_boxes
+from boxteacher.presets import from_preset
 from boxteacher.shapes import make_shapes_image
 
 torch.set_num_threads(1)
@@ -46,7 +46,7 @@ def tiny_config(mode="boxteacher", **changes):
 
 
 def make_model(mode="boxteacher", **changes):
-    """Not as initialised: the head says something different at every location."""
+    """Not as initialized: the head says something different at every location."""
     torch.manual_seed(1)
     model = build_model(tiny_config(mode, **changes), num_classes=3)
     with torch.no_grad():
@@ -153,7 +153,7 @@ def dice(x, y):
 
 
 def neighbors(rows, columns):
-    """(dy, dx, slice of the pixels i, slice of their neighbours j inside the map)."""
+    """(dy, dx, slice of the pixels i, slice of their neighbors j inside the map)."""
     for dy, dx in losses.NEIGHBORS:
         here = (
             slice(max(-dy, 0), rows - max(dy, 0)),

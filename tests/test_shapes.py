@@ -145,7 +145,7 @@ def test_every_class_size_and_occlusion_occurs(coco):
 
 
 def test_objects_stand_out_from_their_surroundings_but_not_always():
-    """Mean colour inside a mask against that of the 2 pixels around its outside, in RGB steps."""
+    """Mean color inside a mask against that of the 2 pixels around its outside, in RGB steps."""
     contrasts = []
     for index in range(40):
         image, masks, _ = shapes.make_shapes_image(3, index, SIZE)

@@ -23,10 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train
-from boxteacher.config import parse
-from boxteacher.data import STRENGTHS, Batch, _augment_image, augment
+from boxteacher.command_line import parse
+from boxteacher.data import Batch
 from boxteacher.ema import update_teacher
 from boxteacher.model import CondInst, PseudoMasks, build_model
+from boxteacher.transforms import STRENGTHS, _augment_image, augment
 
 torch.set_num_threads(1)
 
@@ -137,7 +138,7 @@ def test_the_students_backward_pass_asks_for_no_values(mode):
 
 @fake_cuda
 @pytest.mark.parametrize("strength", ["weak", "strong", "strong_blur"])
-def test_colouring_never_waits(strength):
+def test_coloring_never_waits(strength):
     with FakeTensorMode(), RefuseWaiting():
         image = torch.zeros(3, 20, 30, dtype=torch.uint8, device="cuda")
         for draws in ([0.0] * 12, [0.999] * 12):

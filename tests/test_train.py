@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 
 from boxteacher.checkpoint import load_checkpoint, save_checkpoint
-from boxteacher.config import parse
-from boxteacher.evaluation import encode_masks
+from boxteacher.coco_eval import encode_masks
+from boxteacher.command_line import parse
 from boxteacher.model import build_model
 from boxteacher.shapes import make_shapes_coco, make_shapes_image
 
@@ -326,13 +326,13 @@ def options_for(size: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Twelve images with boxes alone, three of them grey, palette and 16 bit; the options."""
+    """Twelve images with boxes alone, three of them gray, palette and 16 bit; the options."""
     folder = tmp_path_factory.mktemp("files")
     words = write_coco(folder, "train", 1, 12, 64, masks=False)
     words += write_coco(folder, "val", 0, 2, 64, masks=False)
-    grey, palette, deep = sorted((folder / "train").iterdir())[:3]
-    with Image.open(grey) as image:
-        image.convert("L").save(grey)
+    gray, palette, deep = sorted((folder / "train").iterdir())[:3]
+    with Image.open(gray) as image:
+        image.convert("L").save(gray)
     with Image.open(palette) as image:
         image.quantize(64).save(palette)
     with Image.open(deep) as image:
@@ -433,7 +433,7 @@ def test_help_and_list_print_and_end():
 
 
 def write_diamonds(folder: Path, name: str, seed: int, count: int, masks: bool) -> list[str]:
-    """One or two bright diamonds per dark image of 128 x 128: half of its box, so that only colours
+    """One or two bright diamonds per dark image of 128 x 128: half of its box, so that only colors
     tell. Returns train.py's options for them.
     """
     rng, size = np.random.default_rng(seed), 128

@@ -1,4 +1,4 @@
-"""Colour goes where the mask is, as strong as the opacity; sheets have titles and even tiles."""
+"""Color goes where the mask is, as strong as the opacity; sheets have titles and even tiles."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from boxteacher.visualize import MAX_WIDTH, TILE, contact_sheet, draw_instances,
 NAMES = ["star", "ring"]
 
 
-def grey(height=60, width=80):
+def gray(height=60, width=80):
     return torch.full((3, height, width), 100, dtype=torch.uint8)
 
 
@@ -27,14 +27,14 @@ def change(image, picture):
 
 
 def test_every_pixel_in_the_mask_changes_and_none_outside():
-    image, mask = grey(), square_mask()
+    image, mask = gray(), square_mask()
     picture = draw_instances(image, None, mask, [0], NAMES)
     assert picture.size == (80, 60)
     assert np.array_equal(change(image, picture) > 0, mask[0].numpy())
 
 
-def test_opacity_scales_the_colour():
-    image, mask = grey(), square_mask()
+def test_opacity_scales_the_color():
+    image, mask = gray(), square_mask()
     changes = [
         change(image, draw_instances(image, None, mask, [0], NAMES, opacity=opacity))[mask[0]]
         for opacity in (0.0, 0.5, 1.0)
@@ -45,7 +45,7 @@ def test_opacity_scales_the_colour():
 
 
 def test_every_instance_has_its_own_opacity():
-    image, mask = grey(), square_mask()
+    image, mask = gray(), square_mask()
     other = mask.flip(1).roll(-25, 2)
     other &= ~mask
     masks = torch.cat([mask, other])
@@ -59,7 +59,7 @@ def test_a_small_instance_lies_on_a_large_one_in_either_order(small_index):
     masks[1][25:35, 40:50] = True
     if small_index == 0:
         masks.reverse()
-    picture = draw_instances(grey(), None, torch.stack(masks), [0, 0], NAMES)
+    picture = draw_instances(gray(), None, torch.stack(masks), [0, 0], NAMES)
     pale = (np.array(instance_color(small_index)) + 255) / 2
     assert np.abs(np.array(picture)[25, 40:50] - pale).max() < 20  # its rim, nearly opaque
 
@@ -68,7 +68,7 @@ def test_probabilities_on_a_coarse_grid_cover_the_same_place():
     coarse = torch.zeros(1, 15, 20)
     coarse[0, 5:10, 8:15] = 0.9  # stride 4: rows 20..39, columns 32..59
     coarse[0, :3] = 0.4  # too unlikely to be drawn
-    changed = change(grey(), draw_instances(grey(), None, coarse, [0], NAMES)) > 0
+    changed = change(gray(), draw_instances(gray(), None, coarse, [0], NAMES)) > 0
     expected = np.zeros((60, 80), dtype=bool)
     expected[20:40, 32:60] = True
     assert (changed & expected).sum() / (changed | expected).sum() > 0.9
@@ -76,7 +76,7 @@ def test_probabilities_on_a_coarse_grid_cover_the_same_place():
 
 
 def test_boxes_are_drawn_at_the_pictures_scale():
-    image = grey()
+    image = gray()
     box = torch.tensor([[30.0, 20.0, 60.0, 40.0]])
     for side, scale in ((None, 1), (160, 2)):
         picture = draw_instances(image, box, None, [0], ["only"], side=side)
@@ -91,8 +91,8 @@ def test_captions_name_classes_and_scores():
     box = torch.tensor([[30.0, 30.0, 60.0, 50.0]])
 
     def pixels(class_names, scores=None):
-        picture = draw_instances(grey(), box, None, [0], class_names, scores=scores)
-        return change(grey(), picture)[:28].any()
+        picture = draw_instances(gray(), box, None, [0], class_names, scores=scores)
+        return change(gray(), picture)[:28].any()
 
     assert pixels(NAMES)
     assert pixels(NAMES, [0.5])
@@ -103,12 +103,12 @@ def test_captions_name_classes_and_scores():
 @pytest.mark.parametrize("masks", [None, torch.zeros(0, 60, 80, dtype=torch.bool)])
 @pytest.mark.parametrize("boxes", [None, torch.zeros(0, 4)])
 def test_no_instances_leave_the_image_as_it_is(boxes, masks):
-    picture = draw_instances(grey(), boxes, masks, [], NAMES, scores=[], opacity=torch.zeros(0))
-    assert change(grey(), picture).max() == 0
+    picture = draw_instances(gray(), boxes, masks, [], NAMES, scores=[], opacity=torch.zeros(0))
+    assert change(gray(), picture).max() == 0
 
 
 def test_channels_may_be_first_or_last_and_the_input_is_kept():
-    image = grey()
+    image = gray()
     last = image.permute(1, 2, 0).numpy()
     pictures = [draw_instances(x, None, square_mask(), [0], NAMES) for x in (image, last)]
     assert np.array_equal(np.array(pictures[0]), np.array(pictures[1]))
@@ -120,7 +120,7 @@ def test_channels_may_be_first_or_last_and_the_input_is_kept():
 def test_colors_are_distinct():
     colors = np.array([instance_color(i) for i in range(30)])
     assert len({tuple(c) for c in colors.tolist()}) == 30
-    assert np.abs(np.diff(colors, axis=0)).max(axis=1).min() > 60  # neighbours clearly
+    assert np.abs(np.diff(colors, axis=0)).max(axis=1).min() > 60  # neighbors clearly
 
 
 @pytest.mark.parametrize("columns", [1, 4, 7])

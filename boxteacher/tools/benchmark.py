@@ -36,14 +36,16 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from boxteacher.config import Config, ConfigError, parse
-from boxteacher.data import Batch, DataError, Sample, augment, collate, make_train_loader
-from boxteacher.datasets import make_train_set
+from boxteacher.coco import DataError
+from boxteacher.command_line import parse
+from boxteacher.config import Config, ConfigError
+from boxteacher.data import Batch, Sample, collate, make_train_loader, make_train_set
 from boxteacher.distributed import init_distributed
 from boxteacher.ema import update_teacher
 from boxteacher.losses import box_masks
 from boxteacher.model import CondInst, fit_boxes, resize_images
 from boxteacher.shapes import CLASS_NAMES, load_shapes_image, make_shapes_coco
+from boxteacher.transforms import augment
 
 PARTS = ("data", "inference", "train")
 
@@ -222,7 +224,7 @@ def metered_step(step: Callable, teacher: CondInst | None, meter: Meter) -> None
     """One step with a lap round the teacher's network, which runs inside make_pseudo_masks."""
 
     def encode(normalized: Tensor) -> Any:
-        meter.lap("pseudo labels")  # what comes before: normalising, resizing
+        meter.lap("pseudo labels")  # what comes before: normalizing, resizing
         encoded = type(teacher).encode(teacher, normalized)
         meter.lap("teacher")
         return encoded

@@ -2,7 +2,7 @@
 
 A weight is drawn by its published name: n normal and u uniform from a RandomState seeded with the
 name's CRC; the kind of layer says what becomes of them. A teacher's weights are the student's with
-5 % of noise. Images are slow colour waves with soft textured ellipses.
+5 % of noise. Images are slow color waves with soft textured ellipses.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import zlib
 import numpy as np
 import torch
 
-from boxteacher.config import MODES, Config
+from boxteacher.config import Config
 from boxteacher.model import CondInst, build_model
-from boxteacher.official import from_official, to_official
+from boxteacher.presets import MODES
+from boxteacher.published import from_published, to_published
 
 COUNTERS = ("num_batches_tracked", "_iter", "sizes_of_interest", "relative_position_index")
 PUBLISHED = {  # the published backbones: fields and preset
@@ -29,12 +30,12 @@ def synthetic_model(mode: str, backbone: str, network: str) -> CondInst:
     """The published model of 80 classes with synthetic weights; network: student or teacher."""
     config = Config(mode=mode, pixel_format="bgr", **MODES[mode], **PUBLISHED[backbone][0])
     model = build_model(config, 80, load_pretrained=False)
-    weights = to_official(model.state_dict())
+    weights = to_published(model.state_dict())
     for name, value in weights.items():
         if not name.endswith(COUNTERS):
             drawn = make_weight(f"{network}.{name}", tuple(value.shape))
             weights[name] = torch.from_numpy(drawn)
-    model.load_state_dict(from_official(weights))
+    model.load_state_dict(from_published(weights))
     return model
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from boxteacher.evaluation import (
+from boxteacher.coco_eval import (
     EvaluationError,
     NoMasksError,
     box_baselines,
@@ -169,7 +169,7 @@ def test_perfect_predictions_score_100_and_nothing_is_printed_or_changed(capsys)
         assert table["per_class"] == {"a": pytest.approx(100), "b": pytest.approx(100)}
 
 
-def test_the_headline_ap_honours_the_detection_limit():
+def test_the_headline_ap_honors_the_detection_limit():
     grid = [(x, y, 4, 4) for x in range(0, 120, 8) for y in range(0, 120, 8)]
     coco = make_coco([(1, 1, box) for box in grid], size=128)
     results = perfect_results(coco)
@@ -329,10 +329,10 @@ def test_predictions_become_results_that_survive_json(tmp_path):
     assert json.loads((tmp_path / "results.json").read_text()) == results
 
 
-def test_box_baselines_rasterise_pixel_centres_and_leave_crowds_out():
+def test_box_baselines_rasterize_pixel_centers_and_leave_crowds_out():
     coco = make_coco([(1, 1, (4, 6, 40, 20)), (1, 1, (0, 0, 8, 8))])
     coco["annotations"][1]["iscrowd"] = 1
-    coco["annotations"][0]["bbox"] = [3.6, 6.4, 40.0, 19.8]  # centres within: 4..43 and 6..25
+    coco["annotations"][0]["bbox"] = [3.6, 6.4, 40.0, 19.8]  # centers within: 4..43 and 6..25
     (box,) = box_baselines(coco, "box")
     assert torch.equal(
         decode_masks([box["segmentation"]], SIZE, SIZE)[0],

@@ -23,11 +23,12 @@ from tqdm import tqdm
 
 from . import distributed
 from .data import CocoDataset, make_test_loader
+from .errors import UserError
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
-class EvaluationError(ValueError):
+class EvaluationError(UserError):
     """Results and ground truth that do not go together; the message is one line for the user."""
 
 
@@ -170,7 +171,7 @@ def format_table(result: dict[str, dict[str, Any]]) -> str:
 def box_baselines(coco: dict[str, Any], kind: Literal["box", "ellipse"]) -> list[dict[str, Any]]:
     """What boxes alone give: every true box (no crowd), filled or its inscribed ellipse, score 1.
 
-    A pixel belongs to the mask if its centre lies within the box or ellipse. A method trained from
+    A pixel belongs to the mask if its center lies within the box or ellipse. A method trained from
     boxes has to beat these floors to have learned anything about masks.
     """
     if kind not in ("box", "ellipse"):

@@ -16,19 +16,21 @@ import torch
 import torchvision
 from golden.synthetic import PUBLISHED
 
-from boxteacher import checkpoint, official
+from boxteacher import published
 from boxteacher.backbone import ResNet, Swin, WeightsError, pretrained_state_dict
-from boxteacher.checkpoint import (
-    CheckpointError,
-    export_official,
-    import_official,
-    load_checkpoint,
-    load_initial_weights,
-    save_checkpoint,
-)
-from boxteacher.config import MODES, Config
+from boxteacher.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from boxteacher.config import Config
 from boxteacher.model import CondInst, build_model
-from boxteacher.official import OfficialError, read_backbone, read_file, to_official
+from boxteacher.presets import MODES
+from boxteacher.published import (
+    PublishedError,
+    export_published,
+    import_published,
+    load_initial_weights,
+    read_backbone,
+    read_file,
+    to_published,
+)
 
 ROOT = Path(__file__).parents[1]
 KEYS = ROOT.parent / "shared" / "golden"
@@ -51,10 +53,10 @@ def published_model(mode: str, backbone: str, device: str = "cpu") -> CondInst:
 def published_weights(mode: str, backbone: str, device: str = "cpu") -> dict[str, torch.Tensor]:
     """As in a published file, at random; the networks of boxteacher differ."""
     model = published_model(mode, backbone, device)
-    weights = to_official(model.state_dict(), 4999)
+    weights = to_published(model.state_dict(), 4999)
     if mode != "boxteacher":
         return weights
-    teacher = to_official({n: v + 1 if "conv" in n else v for n, v in model.state_dict().items()})
+    teacher = to_published({n: v + 1 if "conv" in n else v for n, v in model.state_dict().items()})
     return {f"teacher.{n}": v for n, v in teacher.items()} | {
         f"student.{n}": v for n, v in weights.items()
     }
@@ -81,7 +83,7 @@ def test_names_and_shapes_are_the_published_ones(name):
 @pytest.mark.parametrize("backbone", PUBLISHED)
 def test_each_name_leads_back(backbone):
     names = published_model("boxteacher", backbone, "meta").state_dict().keys() - {"head.scales"}
-    assert all(official.our_name(official.their_name(name)) == name for name in names)
+    assert all(published.our_name(published.their_name(name)) == name for name in names)
 
 
 def assert_same(found, wanted):
@@ -93,8 +95,8 @@ def assert_same(found, wanted):
 
 @pytest.mark.parametrize("backbone", PUBLISHED)
 def test_round_trip_of_a_network(backbone):
-    weights = to_official(published_model("boxteacher", backbone).state_dict(), 12)
-    again = to_official(official.from_official(weights), 12)
+    weights = to_published(published_model("boxteacher", backbone).state_dict(), 12)
+    again = to_published(published.from_published(weights), 12)
     assert_same(again, weights)
 
 
@@ -104,7 +106,7 @@ def test_round_trip_of_a_network(backbone):
 @pytest.fixture(scope="module")
 def condinst_file(tmp_path_factory):
     torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("official") / "condinst.pth"
+    path = tmp_path_factory.mktemp("published") / "condinst.pth"
     torch.save({"model": published_weights("condinst", "r50"), "iteration": 89999}, path)
     return path
 
@@ -127,7 +129,7 @@ def refusal(function, *args, **kwargs) -> str:
 def test_boxteacher_file_to_checkpoint_and_back(tmp_path):
     weights = published_weights("boxteacher", "r50")
     torch.save(weights, tmp_path / "in.pth")  # bare, without "model"
-    state = import_official(tmp_path / "in.pth", build_model, "coco_boxteacher_r50_1x")
+    state = import_published(tmp_path / "in.pth", build_model, "coco_boxteacher_r50_1x")
     assert state["step"] == 4999
     assert not state.pop("notes")
     assert state["config"]["preset"] == "coco_boxteacher_r50_1x"
@@ -135,11 +137,11 @@ def test_boxteacher_file_to_checkpoint_and_back(tmp_path):
     assert state["class_names"][:2] == ["person", "bicycle"]
     assert state["category_ids"][-2:] == [89, 90]
     save_checkpoint(tmp_path / "ours.pt", state)
-    assert_same(export_official(load_checkpoint(tmp_path / "ours.pt")), weights)
+    assert_same(export_published(load_checkpoint(tmp_path / "ours.pt")), weights)
     other = state | {"config": state["config"] | {"size_unit": 32}}  # published: a constant
-    assert "size_unit=64" in refusal(export_official, other)
+    assert "size_unit=64" in refusal(export_published, other)
     shorter = {n: v for n, v in state["student"].items() if "mask_branch.tower.3" not in n}
-    assert "mask_branch_convs=4" in refusal(export_official, state | {"student": shorter})
+    assert "mask_branch_convs=4" in refusal(export_published, state | {"student": shorter})
     model = published_model("boxteacher", "r50")
     init = Config(**state["config"] | {"init": str(tmp_path / "in.pth")})
     load_initial_weights(model, init)
@@ -155,14 +157,14 @@ def test_boxteacher_file_to_checkpoint_and_back(tmp_path):
 
 
 def test_the_weights_say_what_they_are(condinst_file):
-    state = import_official(condinst_file, build_model)
+    state = import_published(condinst_file, build_model)
     config = Config(**state["config"])
     assert (config.mode, config.backbone, config.mask_channels) == ("condinst", "resnet50", 8)
     assert state["teacher"] is None
     assert state["notes"] == [f"{condinst_file}: not used: iteration"]
     for backbone, changes in (("r101_dcn", {"deformable": True}), ("swin", {})):
         weights = published_weights("boxteacher", backbone, "meta")
-        found, _ = official.describe(official.split_networks(weights, "file"), "file")
+        found, _ = published.describe(published.split_networks(weights, "file"), "file")
         assert found.get("stride_in_1x1", False) is False
         assert found["mode"] == "boxteacher"
         assert found.items() >= changes.items()
@@ -170,13 +172,13 @@ def test_the_weights_say_what_they_are(condinst_file):
 
 def test_program_converts_both_ways(condinst_file, tmp_path, capsys):
     ours, back = str(tmp_path / "ours.pt"), str(tmp_path / "back.pth")
-    checkpoint.main([str(condinst_file), ours, "--preset", "coco_condinst_r50_1x"])
+    published.main([str(condinst_file), ours, "--preset", "coco_condinst_r50_1x"])
     assert "not used: iteration" in capsys.readouterr().err
-    checkpoint.main([ours, back])
+    published.main([ours, back])
     assert_same(torch.load(back)["model"], torch.load(condinst_file)["model"])
     argv = [str(condinst_file), ours, "--preset", "coco_boxinst_r50_1x"]
-    assert "choose another preset" in refusal(checkpoint.main, argv)
-    command = [sys.executable, "-m", "boxteacher.checkpoint", "none.pth", "out.pt"]
+    assert "choose another preset" in refusal(published.main, argv)
+    command = [sys.executable, "-m", "boxteacher.published", "none.pth", "out.pt"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.stderr == "error: none.pth: no such checkpoint file\n"
     assert done.returncode == 1
@@ -188,7 +190,7 @@ def test_weights_that_do_not_fit_are_all_named(condinst_file):
         weights["roi_heads.a"] = weights["backbone.bottom_up.res9.b"] = torch.zeros(1)
         weights["backbone.top_block.p6.bias"] = torch.zeros(3)
 
-    message = refusal(import_official, edited(condinst_file, edit), build_model)
+    message = refusal(import_published, edited(condinst_file, edit), build_model)
     assert "2 missing: backbone.fpn_lateral3.weight, controller.bias" in message
     assert "2 unused: backbone.bottom_up.res9.b, roi_heads.a" in message
     assert "1 mis-shaped: backbone.top_block.p6.bias [3] for [256]" in message
@@ -205,9 +207,9 @@ def test_constants_are_compared_and_counters_may_be_absent(condinst_file):
         del weights["mask_head._iter"], weights["mask_branch.refine.0.1.num_batches_tracked"]
         weights["pixel_mean"] = torch.tensor([103.53, 116.28, 123.675]).view(3, 1, 1)
 
-    message = refusal(import_official, edited(condinst_file, other_sizes), build_model)
+    message = refusal(import_published, edited(condinst_file, other_sizes), build_model)
     assert "mask_head.sizes_of_interest is [65, 129, 257, 513, 1025]" in message
-    state = import_official(edited(condinst_file, old_file), build_model)
+    state = import_published(edited(condinst_file, old_file), build_model)
     notes = "\n".join(state["notes"])
     assert "has no mask_head._iter: set anew" in notes
     assert "has no mask_branch.refine.0.1.num_batches_tracked: set anew" in notes
@@ -233,7 +235,7 @@ def test_other_files_are_refused(tmp_path, condinst_file):
     cut = tmp_path / "cut.pth"
     cut.write_bytes(condinst_file.read_bytes()[:1000])
     for path, word in [*refused, (cut, "cut.pth: not loaded")]:
-        assert word in refusal(import_official, path, build_model)
+        assert word in refusal(import_published, path, build_model)
 
 
 @pytest.mark.parametrize("is_zip", [True, False])
@@ -241,7 +243,7 @@ def test_files_of_old_torch_and_with_numpy(tmp_path, is_zip):
     content = collections.OrderedDict(a=torch.ones(2), b=np.arange(3, dtype=np.float32))
     extra = {"model": content, "lr": np.float64(0.5), "__author__": "somebody"}
     torch.save(extra, tmp_path / "a.pth", _use_new_zipfile_serialization=is_zip)
-    found = official.split_networks(read_file(tmp_path / "a.pth"), "a.pth")
+    found = published.split_networks(read_file(tmp_path / "a.pth"), "a.pth")
     assert found.set_aside == ["__author__", "lr"]
     assert_same(found.networks["model"], {"a": torch.ones(2), "b": torch.arange(3.0)})
 
@@ -273,7 +275,7 @@ def test_code_in_a_file_is_refused_by_name(tmp_path, monkeypatch, function, args
     (tmp_path / "evil.pkl").write_bytes(pickle.dumps(content))
     torch.save(content, tmp_path / "evil.pth")
     for file in ("evil.pkl", "evil.pth"):
-        with pytest.raises(OfficialError, match=rf"{file}: not loaded: .*{name}"):
+        with pytest.raises(PublishedError, match=rf"{file}: not loaded: .*{name}"):
             read_file(tmp_path / file)
     assert not (tmp_path / "evil").exists()
 
@@ -381,7 +383,7 @@ def test_backbone_from_swins_authors(tmp_path):
     theirs = {"norm.weight": torch.ones(768), "head.bias": torch.zeros(1000)}
     for name, value in net.state_dict().items():
         if name.startswith("features."):
-            name = official.rename(name, official.BODY, False)
+            name = published.rename(name, published.BODY, False)
             square = name.endswith("relative_position_index")
             theirs[name] = value.view(49, 49) if square else value
     theirs["layers.0.blocks.1.attn_mask"] = torch.zeros(64, 49, 49)

@@ -2,23 +2,34 @@
 and BoxInst), and the ImageNet files that their training starts from.
 
 Nothing in a file is executed: it holds tensors, numpy arrays and plain values, or it is refused.
+
+`python -m boxteacher.published IN OUT [--preset NAME] [--field value ...]` makes a checkpoint out
+of a published one, or, if IN is one of ours, a published one out of it.
 """
 
 from __future__ import annotations
 
 import collections
+import dataclasses
 import pickle
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from .checkpoint import FORMAT, CheckpointError, load_checkpoint, load_weights, save_checkpoint
+from .command_line import read_options
+from .config import Config, ConfigError
+from .errors import UserError, run
+from .presets import from_preset
 
 
-class OfficialError(ValueError):
+class PublishedError(UserError):
     """A file or a state that is no published model; the message is for the user."""
 
 
@@ -112,7 +123,7 @@ CONSTANTS = {  # what their files repeat from their configuration; here it is co
 OPTIONAL = ("mask_head.", "num_batches_tracked", "relative_position_index")
 
 
-def from_official(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def from_published(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """One network's weights under our names. Constants are compared with ours and left out."""
     ours: dict[str, Tensor] = {}
     scales = [name for name in map(SCALE.format, range(5)) if name in weights]
@@ -120,7 +131,7 @@ def from_official(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if name in CONSTANTS:
             if not np.allclose(value.flatten().tolist(), CONSTANTS[name]):
                 found = value.flatten().tolist()
-                raise OfficialError(f"{name} is {found}, here it is always {CONSTANTS[name]}")
+                raise PublishedError(f"{name} is {found}, here it is always {CONSTANTS[name]}")
         elif name.endswith("relative_position_index"):
             ours[our_name(name)] = value.flatten()
         elif name not in scales and name != ITERATION:
@@ -130,8 +141,8 @@ def from_official(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return ours
 
 
-def to_official(weights: Mapping[str, Tensor], iteration: float = 0) -> dict[str, Tensor]:
-    """The inverse of `from_official`; the iteration counter drives their warm-up of weak losses."""
+def to_published(weights: Mapping[str, Tensor], iteration: float = 0) -> dict[str, Tensor]:
+    """The inverse of `from_published`; the iteration counter drives the warm-up of weak losses."""
     theirs: dict[str, Tensor] = {}
     for name, value in weights.items():
         if name == "head.scales":
@@ -147,10 +158,10 @@ def to_official(weights: Mapping[str, Tensor], iteration: float = 0) -> dict[str
 
 
 def check_fit(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], what: str) -> list[str]:
-    """Raise OfficialError, which names every unused, missing and mis-shaped entry, unless `weights`
+    """Raise PublishedError, which names every unused, missing or mis-shaped entry, unless `weights`
     (their names) fill a model whose state is `wanted` (our names). Returns which of OPTIONAL it
     lacks."""
-    theirs = {name: tuple(value.shape) for name, value in to_official(wanted).items()}
+    theirs = {name: tuple(value.shape) for name, value in to_published(wanted).items()}
     found = {name: tuple(value.shape) for name, value in weights.items()}
     absent = [n for n in theirs if n not in found and n.endswith(OPTIONAL[1:])]
     absent += [n for n in theirs if n not in found and n.startswith(OPTIONAL[0])]
@@ -165,25 +176,25 @@ def check_fit(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], what:
     }
     if any(problems.values()):
         lists = [f"{len(p)} {kind}: {', '.join(p)}" for kind, p in problems.items() if p]
-        raise OfficialError(f"{what}: does not fit the model; " + "; ".join(lists))
+        raise PublishedError(f"{what}: does not fit the model; " + "; ".join(lists))
     return absent
 
 
 # --- what a file holds ----------------------------------------------------------------------------
 
 
-class Official(NamedTuple):
+class Published(NamedTuple):
     """A published model's file, under its own names."""
 
     networks: dict[str, dict[str, Tensor]]  # student and teacher (BoxTeacher), or model alone
     set_aside: list[str]  # other things in the file, by name
 
 
-def split_networks(content: Mapping[str, Any], what: str) -> Official:
+def split_networks(content: Mapping[str, Any], what: str) -> Published:
     """The weights of each network in a file. BoxTeacher's names begin with student. and teacher."""
     weights = content.get("model", content)
     if not isinstance(weights, Mapping) or not all(isinstance(k, str) for k in weights):
-        raise OfficialError(f"{what}: holds no weights by name, so it is no published model")
+        raise PublishedError(f"{what}: holds no weights by name, so it is no published model")
     weights = {name: as_tensor(value, f"{what}: {name}") for name, value in weights.items()}
     set_aside = sorted(str(key) for key in content if key != "model") if "model" in content else []
     networks = {
@@ -193,21 +204,21 @@ def split_networks(content: Mapping[str, Any], what: str) -> Official:
         for part in ("student", "teacher")
     }
     if not any(networks.values()):
-        return Official({"model": weights}, set_aside)
+        return Published({"model": weights}, set_aside)
     strays = [name for name in weights if not name.startswith(("student.", "teacher."))]
     strays += [f"{part}.*" for part, found in networks.items() if not found]
     if strays:
-        raise OfficialError(f"{what}: neither student nor teacher, or one is missing: {strays}")
-    return Official(networks, set_aside)
+        raise PublishedError(f"{what}: neither student nor teacher, or one is missing: {strays}")
+    return Published(networks, set_aside)
 
 
-def describe(official: Official, what: str) -> tuple[dict[str, Any], int]:
+def describe(published: Published, what: str) -> tuple[dict[str, Any], int]:
     """The configuration fields that a file's weights imply, and the number of its classes.
 
     Only the stride of ResNets does not show in the weights: it is in the 1x1 convs, but with
     deformable convs in the 3x3 ones, as in the published configurations.
     """
-    weights = next(iter(official.networks.values()))
+    weights = next(iter(published.networks.values()))
     try:
         num_classes = len(weights["proposal_generator.fcos_head.cls_logits.weight"])
         fields: dict[str, Any] = {"mask_channels": len(weights["mask_branch.tower.4.weight"])}
@@ -220,8 +231,8 @@ def describe(official: Official, what: str) -> tuple[dict[str, Any], int]:
             fields["deformable"] = any("conv2_offset" in name for name in weights)
             fields["stride_in_1x1"] = not fields["deformable"]
     except KeyError as error:
-        raise OfficialError(f"{what}: no BoxTeacher, BoxInst or CondInst ({error})") from None
-    if "model" not in official.networks:
+        raise PublishedError(f"{what}: no BoxTeacher, BoxInst or CondInst ({error})") from None
+    if "model" not in published.networks:
         fields["mode"] = "boxteacher"
     else:
         fields["mode"] = "condinst" if fields["mask_channels"] == 8 else "boxinst"
@@ -232,7 +243,7 @@ def as_tensor(value: Any, what: str) -> Tensor:
     if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
         value = torch.from_numpy(np.array(value))  # a copy: writable, and in native layout
     if not isinstance(value, Tensor):
-        raise OfficialError(f"{what} is a {type(value).__name__}, not a tensor")
+        raise PublishedError(f"{what} is a {type(value).__name__}, not a tensor")
     return value
 
 
@@ -317,18 +328,18 @@ class RestrictedUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in ADMITTED:
-            raise OfficialError(f"wants to load {module}.{name}; only numpy arrays are admitted")
+            raise PublishedError(f"wants to load {module}.{name}; only numpy arrays are admitted")
         return ADMITTED[module, name]
 
     def persistent_load(self, pid: Any) -> Any:
-        raise OfficialError("wants to load something from outside the file")
+        raise PublishedError("wants to load something from outside the file")
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
     """The dict in a .pkl (pickled numpy arrays) or a .pth (tensors, and perhaps numpy arrays)."""
     path = Path(path)
     if not path.is_file():
-        raise OfficialError(f"{path}: no such checkpoint file")
+        raise PublishedError(f"{path}: no such checkpoint file")
     try:
         if path.suffix == ".pkl":
             with open(path, "rb") as file:
@@ -336,16 +347,16 @@ def read_file(path: str | Path) -> dict[str, Any]:
         else:
             with torch.serialization.safe_globals(_numpy_globals()):
                 content = torch.load(path, map_location="cpu", weights_only=True)
-    except OfficialError as error:
-        raise OfficialError(f"{path}: not loaded: {error}") from None
+    except PublishedError as error:
+        raise PublishedError(f"{path}: not loaded: {error}") from None
     except Exception as error:  # a damaged file can fail in any way
         found = re.search(r"GLOBAL (\S+)", str(error))  # how torch.load names what it refuses
         reason = str(error).partition("\n")[0] or type(error).__name__
         if found:
             reason = f"wants to load {found[1]}; only tensors and numpy arrays are admitted"
-        raise OfficialError(f"{path}: not loaded: {reason}") from None
+        raise PublishedError(f"{path}: not loaded: {reason}") from None
     if not isinstance(content, Mapping):
-        raise OfficialError(f"{path}: holds a {type(content).__name__}, not a dict of weights")
+        raise PublishedError(f"{path}: holds a {type(content).__name__}, not a dict of weights")
     return dict(content)
 
 
@@ -354,3 +365,130 @@ def _numpy_globals() -> list[Any]:
     types = [getattr(np.dtypes, f"{number}DType") for number in numbers]
     named = [(value, f"{module}.{name}") for (module, name), value in ADMITTED.items()]
     return types + [pair for pair in named if not pair[1].startswith(("_codecs", "collections"))]
+
+
+# --- published checkpoints ------------------------------------------------------------------------
+
+
+def import_published(
+    path: str | Path,
+    build_model: Callable[[Config, int, bool], nn.Module],
+    preset: str = "",
+    **given: Any,
+) -> dict[str, Any]:
+    """A published checkpoint as `save_checkpoint` would have it, and "notes" for the user.
+
+    The configuration is the preset's (without one: what the weights imply, on COCO), but with the
+    backbone's variant and the pixels of published weights; `given` fields overrule both. Raises
+    CheckpointError, with all names, if a weight is missing, left over or of another shape.
+    """
+    try:
+        found = split_networks(read_file(path), str(path))
+        fields, num_classes = describe(found, str(path))
+        if preset:
+            _check_preset(fields, from_preset(preset), str(path))
+            fields = {k: v for k, v in fields.items() if k in ("stride_in_1x1", "pixel_format")}
+            config = from_preset(preset, **(fields | given))
+        else:
+            config = dataclasses.replace(Config(), **(fields | given))
+        model_state = build_model(config, num_classes, False).state_dict()
+        notes = [f"{path}: not used: {name}" for name in found.set_aside]
+        state: dict[str, Any] = {"teacher": None, "iterations": {}}
+        for part, weights in found.networks.items():
+            absent = check_fit(weights, model_state, f"{path} ({part})")
+            notes += [f"{path}: {part} has no {name}: set anew" for name in absent]
+            part = "student" if part == "model" else part
+            fresh = {name: value.clone() for name, value in model_state.items()}
+            state[part] = fresh | from_published(weights)
+            state["iterations"][part] = float(weights.get(ITERATION, torch.zeros(1)))
+    except PublishedError as error:
+        raise CheckpointError(str(error)) from None
+    classes = COCO_CLASSES
+    if num_classes != len(classes):
+        classes = {n: f"class {n}" for n in range(1, num_classes + 1)}
+    return state | {
+        "config": dataclasses.asdict(config),
+        "class_names": list(classes.values()),
+        "category_ids": list(classes),
+        "step": int(state["iterations"]["student"]),
+        "optimizer": None,
+        "notes": notes,
+    }
+
+
+def _check_preset(fields: Mapping[str, Any], config: Config, what: str) -> None:
+    for field in ("mode", "backbone", "deformable"):
+        found, wanted = fields.get(field, False), getattr(config, field)
+        if found != wanted:
+            raise CheckpointError(
+                f"{what}: its weights say {field}={found}, preset {config.preset} {field}={wanted};"
+                " choose another preset"
+            )
+
+
+def export_published(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The inverse of `import_published`: weights and counters by published names."""
+    if state["config"]["size_unit"] != 64:
+        raise CheckpointError("only models with size_unit=64 have published names")
+    networks = {part: state[part] for part in ("teacher", "student") if state[part] is not None}
+    iterations = state.get("iterations", {"student": state["step"]})
+    weights: dict[str, Tensor] = {}
+    for part, values in networks.items():
+        if "mask_branch.tower.3.0.weight" not in values or "mask_branch.tower.4.0.weight" in values:
+            raise CheckpointError("only models with mask_branch_convs=4 have published names")
+        renamed = to_published(values, iterations.get(part, 0))
+        prefix = f"{part}." if len(networks) == 2 else ""
+        weights |= {prefix + name: value for name, value in renamed.items()}
+    return weights
+
+
+def load_initial_weights(model: nn.Module, config: Config) -> None:
+    """What training starts from, `config.init`: a checkpoint's teacher if it has one, else its
+    student; ours, or a published one. All of it has to fit, the number of classes included, and the
+    variant of the backbone, which does not show in the shapes."""
+    path = config.init
+    try:
+        content = read_file(path)
+        if content.get("format") == FORMAT:
+            fields, weights = content.get("config", {}), content["teacher"] or content["student"]
+        else:
+            found = split_networks(content, path)
+            fields, _ = describe(found, path)
+            theirs = found.networks.get("teacher") or found.networks["model"]
+            check_fit(theirs, model.state_dict(), path)
+            weights = {**model.state_dict(), **from_published(theirs)}
+    except PublishedError as error:
+        raise CheckpointError(str(error)) from None
+    for field in ("stride_in_1x1", "pixel_format"):
+        given = getattr(config, field)
+        wanted = fields.get(field, given)
+        if wanted != given:
+            option = f"--{field.replace('_', '-')} {str(wanted).lower()}"
+            raise CheckpointError(f"{path}: made for {field}={wanted}, not {given}: add {option}")
+    load_weights(model, weights, path)
+
+
+def main(argv: Sequence[str]) -> None:
+    from .model import build_model  # it imports this file
+
+    if len(argv) < 2 or argv[0].startswith("-") or argv[1].startswith("-"):
+        raise ConfigError("usage: python -m boxteacher.checkpoint IN OUT [--preset NAME]")
+    source, target, given = argv[0], argv[1], read_options(argv[2:])
+    try:
+        is_ours = read_file(source).get("format") == FORMAT
+    except PublishedError as error:
+        raise CheckpointError(str(error)) from None
+    if is_ours:
+        torch.save({"model": export_published(load_checkpoint(source))}, target)
+        print(f"{target}: {source} under published names")
+        return
+    state = import_published(source, build_model, given.pop("preset", ""), **given)
+    for note in state.pop("notes"):
+        print(note, file=sys.stderr)
+    save_checkpoint(target, state)
+    config = state["config"]
+    print(f"{target}: {config['mode']}, {config['backbone']}, {len(state['class_names'])} classes")
+
+
+if __name__ == "__main__":
+    run(lambda: main(sys.argv[1:]))

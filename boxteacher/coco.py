@@ -1,4 +1,4 @@
-"""Where data come from: files in COCO's format, read and checked, or the built-in shapes."""
+"""Files in COCO's format, read and checked: the JSON and its images."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import functools
 import json
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from reprlib import repr as short_repr
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from .config import Config
-from .data import CocoDataset, DataError, Geometry, check_size, explain
-from .shapes import load_shapes_image, make_shapes_coco
+from .errors import UserError
 
 # COCO train2017 has two boxes of height 0 (github.com/cocodataset/cocoapi/issues/355), left out
 # here; all other empty boxes are refused.
@@ -22,56 +21,28 @@ KNOWN_EMPTY_BOXES = {(200365, 296.65, 388.33), (550395, 9.98, 188.56)}  # image 
 EXIF_ORIENTATION = 0x0112
 
 
-def make_train_set(cfg: Config) -> CocoDataset:
-    """Images with boxes; true masks come along where there are any, to be learned from in mode
-    condinst, and in the others only to measure the pseudo masks with.
-    """
-    geometry = Geometry(cfg.train_sizes, cfg.train_max_size, cfg.train_scales, cfg.crop, cfg.flip)
-    if cfg.dataset == "shapes":
-        seed = 2 * cfg.seed + 1  # odd seeds: training; 0: validation, the same for every run
-        coco = make_shapes_coco(seed, cfg.shapes_train, cfg.shapes_size) | {"json_path": "shapes"}
-        paint = load_shapes_image(seed, cfg.shapes_size)
-        # painted once: a small run sees each image several times, and painting costs like training
-        load_image = functools.partial(_kept, [paint(entry) for entry in coco["images"]])
-    else:
-        coco = read_coco(cfg.train_json, cfg.train_images)
-        load_image = image_loader(cfg.train_images)
-    return CocoDataset(
-        coco,
-        load_image,
-        geometry,
-        train=True,
-        with_masks=True,
-        mask_centers=cfg.mode == "condinst",
-        bottom_rows=cfg.bottom_rows,
-        seed=cfg.seed,
-    )
+class DataError(UserError):
+    """Data that cannot be used. The message is one line: file, entry and field, what to do."""
 
 
-def _kept(images: list[np.ndarray], entry: dict) -> np.ndarray:
-    return images[entry["id"] - 1]
+@contextmanager
+def explain(what: str, remedy: str) -> Iterator[None]:
+    """Turn what decoders raise (OSError, SyntaxError, struct.error, ...) into one DataError."""
+    try:
+        yield
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise DataError(f"{what} cannot be read ({reason}); {remedy}") from None
 
 
-def make_val_set(cfg: Config) -> CocoDataset:
-    """All validation images at test size."""
-    scales = (cfg.test_scale,) if cfg.test_scale else ()
-    geometry = Geometry((cfg.test_size,), cfg.test_max_size, scales, crop=0, flip=False)
-    if cfg.dataset == "shapes":
-        coco = make_shapes_coco(0, cfg.shapes_val, cfg.shapes_size) | {"json_path": "shapes"}
-        load_image = load_shapes_image(0, cfg.shapes_size)
-    else:
-        coco = read_coco(cfg.val_json, cfg.val_images)
-        load_image = image_loader(cfg.val_images)
-    return CocoDataset(
-        coco,
-        load_image,
-        geometry,
-        train=False,
-        with_masks=True,
-        mask_centers=False,
-        bottom_rows=0,
-        seed=cfg.seed,
-    )
+def check_size(image: np.ndarray, entry: dict, name: str) -> None:
+    height, width = image.shape[:2]
+    if (width, height) != (entry["width"], entry["height"]):
+        raise DataError(
+            f"{name}: image id {entry['id']} ({entry['file_name']}): fields 'width' and 'height' "
+            f"say {entry['width']}x{entry['height']}, the image (upright, if EXIF rotates it) has "
+            f"{width}x{height} pixels; correct them, and boxes made for another size"
+        )
 
 
 # --- reading and checking -------------------------------------------------------------------------
@@ -215,7 +186,7 @@ def image_loader(images_dir: str | Path) -> Callable[[dict], np.ndarray]:
 def _load_image(images_dir: Path, entry: dict) -> np.ndarray:
     """Any PIL mode as RGB: EXIF rotation applied, the first of several frames.
 
-    Alpha is dropped, not composed, as COCO recipes do: the colours under it stay. 16 bits become
+    Alpha is dropped, not composed, as COCO recipes do: the colors under it stay. 16 bits become
     8 by 255/65535 (so stretch 12-bit images beforehand); mode I is taken for 16 bits if a value
     is over 255, for 8 otherwise. Floating point has no agreed range and is refused.
     """

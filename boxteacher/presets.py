@@ -1,0 +1,157 @@
+"""The recipes: named differences from `Config()`, each with what is known about its result."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+from .config import Config, ConfigError, _nearest, validate
+
+# The fields in which the published recipes of the three methods differ. `--mode` brings them along.
+MODES: dict[str, dict[str, Any]] = {
+    "condinst": dict(mask_channels=8, max_mask_locations=500, student_augmentation="none"),
+    "boxinst": dict(mask_channels=16, max_mask_locations=64, student_augmentation="none"),
+    "boxteacher": dict(mask_channels=16, max_mask_locations=64, student_augmentation="strong"),
+}
+
+
+class Preset(NamedTuple):
+    changes: dict[str, Any]  # differences from Config()
+    evidence: str  # what is known about its result
+
+
+_SMALL: dict[str, Any] = dict(  # a recipe for two CPU cores, from scratch
+    bottom_rows=0,
+    aspect_grouping=False,
+    workers=1,
+    backbone="resnet10_half",
+    pretrained=False,
+    norm="bn",
+    freeze_at=0,
+    fpn_channels=64,
+    tower_convs=2,
+    mask_branch_channels=64,
+    mask_branch_convs=2,
+    steps=1800,
+    batch_size=8,
+    optimizer="adamw",
+    lr=1e-3,
+    lr_schedule="cosine",
+    warmup_steps=50,
+    clip_grad=1.0,
+    weak_warmup_steps=100,
+    ema_momentum=0.99,  # 0.999 would average over most of so short a run
+    student_augmentation="none",  # other colors pay in long runs only
+    teacher_size=0,
+    checkpoint_every=500,
+)
+
+PRESETS: dict[str, Preset] = {
+    "shapes": Preset(
+        _SMALL
+        | dict(
+            dataset="shapes",
+            workers=0,  # painting costs less than a process that disturbs two busy cores
+            train_sizes=(160,),  # the teacher sees more, as on COCO
+            train_max_size=160,
+            teacher_size=192,
+            test_size=192,
+            test_max_size=192,
+            size_unit=48,
+            max_mask_locations=16,
+            weak_warmup_steps=400,  # 100: in some runs large masks stay boxes for ever
+        ),
+        "here: 43.5, 41.4, 43.6 mask AP, 3 seeds (BoxInst 40.3, 41.3, 43.0; CondInst 54.7)",
+    ),
+    "nuclei": Preset(
+        _SMALL
+        | dict(
+            train_json="../shared/data/nuclei/annotations/boxes_train.json",
+            train_images="../shared/data/nuclei/images/train",
+            val_json="../shared/data/nuclei/annotations/instances_val.json",
+            val_images="../shared/data/nuclei/images/val",
+            train_scales=(1.5, 1.75, 2.0),  # half of the nuclei have a side under 20 pixels
+            train_max_size=4096,
+            test_scale=2.0,
+            test_max_size=4096,
+            crop=192,
+            teacher_size=224,
+            size_unit=32,
+            steps=1000,
+            max_detections=1000,
+        ),
+        "here: 43.0 mask AP, seed 0 (BoxInst 26.6, CondInst 45.8)",
+    ),
+}
+
+_PUBLISHED = {  # mask AP on COCO test-dev, and on val where it is known
+    ("condinst", "r50", "1x"): "35.9 AP on test-dev, 36.2 on val",
+    ("condinst", "r50", "3x"): "37.7 AP on test-dev, 37.5 on val",
+    ("boxinst", "r50", "1x"): "30.7 AP on val",
+    ("boxinst", "r50", "3x"): "32.1 AP on test-dev",
+    ("boxteacher", "r50", "1x"): "32.9 AP on test-dev, 32.2 on val (32.6 unaugmented)",
+    ("boxteacher", "r50", "3x"): "35.0 AP on test-dev, 34.8 on val",
+    ("boxteacher", "r101", "3x"): "36.5 AP on test-dev",
+    ("boxteacher", "r101_dcn", "3x"): "37.6 AP on test-dev",
+    ("boxteacher", "swin_b", "3x"): "40.6 AP on test-dev",
+}
+_BACKBONES: dict[str, dict[str, Any]] = {
+    "r50": dict(backbone="resnet50"),
+    "r101": dict(backbone="resnet101"),
+    "r101_dcn": dict(backbone="resnet101", deformable=True),
+    "swin_b": dict(backbone="swin_b", optimizer="adamw", lr=1e-4, weight_decay=0.05),
+}
+
+
+def _coco_preset(mode: str, backbone: str, schedule: str) -> Preset:
+    """The published recipes on COCO: 90k ("1x") or 270k ("3x") steps of 16 images."""
+    changes = {"mode": mode, **_BACKBONES[backbone], **MODES[mode]}
+    if schedule == "3x":
+        changes |= dict(steps=270_000, lr_drops=(210_000, 250_000))
+        if mode == "boxteacher":
+            changes["student_augmentation"] = "strong_blur"
+    published = _PUBLISHED.get((mode, backbone, schedule), "no number in our sources")
+    return Preset(changes, f"published {published}; here: not run")
+
+
+PRESETS |= {
+    f"coco_{mode}_{backbone}_{schedule}": _coco_preset(mode, backbone, schedule)
+    for mode in MODES
+    for backbone in ("r50", "r101")
+    for schedule in ("1x", "3x")
+}
+PRESETS |= {
+    f"coco_boxteacher_{backbone}_3x": _coco_preset("boxteacher", backbone, "3x")
+    for backbone in ("r101_dcn", "swin_b")
+}
+
+
+def from_preset(name: str, **given: Any) -> Config:
+    """A preset with the `given` fields in place of its own, checked.
+
+    Some fields follow others, unless given too. `mode` brings what its published recipe has other
+    than that of the preset's mode (MODES). `steps` moves lr_drops in proportion and, where it
+    shortens the run, shortens both warm-ups likewise: while the weak losses are still warming up,
+    masks stay boxes.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"no preset {name!r}{_nearest(name, PRESETS)} (--list shows all)")
+    config = dataclasses.replace(Config(preset=name), **PRESETS[name].changes)
+    follow: dict[str, Any] = {}
+    if given.get("mode", config.mode) != config.mode:
+        old, new = MODES[config.mode], MODES[given["mode"]]
+        follow |= {field: value for field, value in new.items() if value != old[field]}
+    if "steps" in given:
+        steps, shorter = given["steps"], min(given["steps"], config.steps)
+        follow["lr_drops"] = tuple(drop * steps // config.steps for drop in config.lr_drops)
+        for field in ("warmup_steps", "weak_warmup_steps"):
+            follow[field] = getattr(config, field) * shorter // config.steps
+    config = dataclasses.replace(config, **(follow | given))
+    files = [f for f in ("train_json", "train_images", "val_json", "val_images") if f in given]
+    if files and config.dataset == "shapes":
+        raise ConfigError(
+            f"{files[0]}: preset {name} generates its images and reads no files;"
+            " start from preset nuclei (small) or coco_boxteacher_r50_1x (GPUs)"
+        )
+    validate(config)
+    return config

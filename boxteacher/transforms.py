@@ -1,0 +1,185 @@
+"""What happens to an image on its way to the network: its geometry (resize, crop, flip), which
+boxes and masks follow, and the colors of the student's copy.
+
+G boxes of an image · h, w an image without its padding · N images of a batch · H, W padded
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torchvision.transforms.v2.functional as tvf
+from PIL import Image
+from pycocotools import mask as rle_codec
+from torch import Tensor
+
+# --- geometry -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What may happen to an image: resize, then crop (if not 0), then flip (half of the time)."""
+
+    sizes: tuple[int, ...] = ()  # short sides, one drawn per image
+    max_size: int = 0  # long side at most; 0: no limit
+    scales: tuple[float, ...] = ()  # if given: factors, one drawn per image, in place of sizes
+    crop: int = 0
+    flip: bool = False
+
+
+@dataclass(frozen=True)
+class View:
+    """What does happen to one image: maps the original's pixels, boxes and masks to [h, w]."""
+
+    original: tuple[int, int]  # height, width
+    resized: tuple[int, int]
+    window: tuple[int, int, int, int]  # top, left, h, w in the resized image
+    flip: bool
+
+    def image(self, pixels: np.ndarray) -> np.ndarray:
+        """uint8 [height, width, 3] -> [h, w, 3], by PIL's bilinear filter, the window only."""
+        (height, width), (y_scale, x_scale) = self.original, self._scale()
+        top, left, h, w = self.window
+        right, bottom = min((left + w) / x_scale, width), min((top + h) / y_scale, height)
+        source = (left / x_scale, top / y_scale, right, bottom)
+        view = Image.fromarray(pixels).resize((w, h), Image.Resampling.BILINEAR, source)
+        return np.asarray(view)[:, ::-1] if self.flip else np.asarray(view)
+
+    def boxes(self, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """[G, 4] -> [G, 4] clipped to the view, and bool [G]: which to keep.
+
+        Those with their center in view, or with 30 % of their area and 4 pixels (or all of a
+        smaller side) both ways.
+        """
+        (y_scale, x_scale), (top, left, h, w) = self._scale(), self.window
+        full = boxes * ([x_scale, y_scale] * 2) - ([left, top] * 2)
+        seen = full.clip(0, [w, h] * 2)
+        center = (full[:, :2] + full[:, 2:]) / 2
+        full_sides, seen_sides = full[:, 2:] - full[:, :2], seen[:, 2:] - seen[:, :2]
+        is_large = (seen_sides >= full_sides.clip(max=4)).all(1)
+        is_large &= seen_sides.prod(1) >= 0.3 * full_sides.prod(1)
+        kept = is_large | ((center >= 0) & (center <= [w, h])).all(1)
+        if self.flip:
+            seen[:, [0, 2]] = w - seen[:, [2, 0]]
+        return seen, kept
+
+    def mask(self, segmentation: list | dict) -> np.ndarray:
+        """-> bool [h, w]: polygons scaled, then rasterized; run-length codes resized (nearest)."""
+        y_scale, x_scale = self._scale()
+        top, left, h, w = self.window
+        if isinstance(segmentation, list):
+            points = [np.reshape(polygon, (-1, 2)) * (x_scale, y_scale) for polygon in segmentation]
+            codes = rle_codec.frPyObjects([p.ravel().tolist() for p in points], *self.resized)
+            mask = rle_codec.decode(rle_codec.merge(codes))[top : top + h, left : left + w]
+        else:
+            if isinstance(segmentation["counts"], list):
+                segmentation = rle_codec.frPyObjects(segmentation, *self.original)
+            rows = ((np.arange(top, top + h) + 0.5) / y_scale).astype(int)
+            columns = ((np.arange(left, left + w) + 0.5) / x_scale).astype(int)
+            mask = rle_codec.decode(segmentation)
+            if mask.sum() != rle_codec.area(segmentation):  # what no run reaches is uninitialized
+                raise ValueError("the runs do not fill the image")
+            mask = mask[rows][:, columns]
+        return (mask[:, ::-1] if self.flip else mask).astype(bool)
+
+    def _scale(self) -> tuple[float, float]:
+        return self.resized[0] / self.original[0], self.resized[1] / self.original[1]
+
+
+def resized_size(
+    height: int, width: int, short_side: int, max_size: int = 0, factor: float = 0
+) -> tuple[int, int]:
+    """New (height, width): the short side becomes `short_side`, or both grow by `factor` if given;
+    then both shrink until the long one is at most max_size (0: no limit)."""
+    if factor:
+        new_height, new_width = factor * height, factor * width
+    elif height < width:
+        new_height, new_width = short_side, short_side / height * width
+    else:
+        new_height, new_width = short_side / width * height, short_side
+    shrink = max_size / max(new_height, new_width) if max_size else 1
+    if shrink < 1:
+        new_height, new_width = new_height * shrink, new_width * shrink
+    return max(int(new_height + 0.5), 1), max(int(new_width + 0.5), 1)
+
+
+def draw_view(
+    geometry: Geometry, original: tuple[int, int], boxes: np.ndarray, rng: np.random.Generator
+) -> View:
+    """Draw from the geometry. A crop contains the center of one of the boxes [G, 4], at random."""
+    flip = geometry.flip and rng.random() < 0.5
+    short_side = 0 if geometry.scales else int(rng.choice(geometry.sizes))
+    factor = float(rng.choice(geometry.scales)) if geometry.scales else 0
+    resized = resized_size(*original, short_side, geometry.max_size, factor)
+    if not geometry.crop:
+        return View(original, resized, (0, 0, *resized), flip)
+    sides = [min(geometry.crop, side) for side in resized]
+    box = boxes[rng.integers(len(boxes))]
+    start = []
+    for axis, side in enumerate(sides):  # y, then x
+        center = (box[1 - axis] + box[3 - axis]) / 2 * resized[axis] / original[axis]
+        low = max(0, math.ceil(center - side))
+        high = min(resized[axis] - side, math.floor(center))
+        start.append(int(rng.integers(low, high + 1)))
+    return View(original, resized, (*start, *sides), flip)
+
+
+# --- color augmentation --------------------------------------------------------------------------
+
+
+class Strength(NamedTuple):
+    jitter: tuple[float, float, float, float]  # brightness, contrast, saturation, hue
+    jitter_probability: float
+    gray_probability: float
+    blur_probability: float
+
+
+STRENGTHS = {
+    "none": Strength((0, 0, 0, 0), 0, 0, 0),
+    "weak": Strength((0.2, 0.2, 0.2, 0.1), 0.2, 0, 0),
+    "strong": Strength((0.4, 0.4, 0.4, 0.1), 0.8, 0.2, 0),
+    "strong_blur": Strength((0.4, 0.4, 0.4, 0.1), 0.8, 0.2, 0.5),
+}
+DRAWS_PER_IMAGE = 12
+
+
+def augment(
+    images: Tensor,
+    sizes: list[tuple[int, int]],
+    strength: str,
+    generator: torch.Generator,
+    skip: int = 0,
+) -> Tensor:
+    """Other colors: jitter in random order, grayscale, blur of kernel 3 (SPEC section 6).
+
+    uint8 [N, 3, H, W] -> the same, each image treated without its padding, which stays 0.
+    Each image takes DRAWS_PER_IMAGE numbers from the generator (on the CPU: no sync), after those
+    of `skip` images: ranks that share a generator's seed and skip rank * N images draw together
+    what one process draws for the global batch.
+    """
+    if strength not in STRENGTHS:
+        raise ValueError(f"strength {strength!r} is not one of {', '.join(STRENGTHS)}")
+    draws = torch.rand(skip + len(images), DRAWS_PER_IMAGE, generator=generator)[skip:].tolist()
+    augmented = images.clone()
+    for n, (h, w) in enumerate(sizes):
+        image = augmented[n, :, :h, :w]
+        image.copy_(_augment_image(image, STRENGTHS[strength], draws[n]))
+    return augmented
+
+
+def _augment_image(image: Tensor, strength: Strength, draws: list[float]) -> Tensor:
+    amounts, order, (do_jitter, do_gray, do_blur, sigma) = draws[:4], draws[4:8], draws[8:]
+    if do_jitter < strength.jitter_probability:
+        adjust = (tvf.adjust_brightness, tvf.adjust_contrast, tvf.adjust_saturation, tvf.adjust_hue)
+        for k in sorted(range(4), key=order.__getitem__):
+            change = (2 * amounts[k] - 1) * strength.jitter[k]
+            image = adjust[k](image, change if adjust[k] is tvf.adjust_hue else 1 + change)
+    if do_gray < strength.gray_probability:
+        image = tvf.rgb_to_grayscale(image, num_output_channels=3)
+    if do_blur < strength.blur_probability and min(image.shape[1:]) > 1:  # it reflects one pixel
+        image = tvf.gaussian_blur(image, [3, 3], [0.1 + 1.9 * sigma] * 2)
+    return image
