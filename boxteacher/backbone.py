@@ -64,9 +64,9 @@ class ResNet(nn.Module):
         name: str,
         norm: str,
         freeze_at: int,
-        state_dict: dict | None,
         stride_in_1x1: bool = False,
         deformable: bool = False,
+        state_dict: dict | None = None,
     ) -> None:
         super().__init__()
         if name == "resnet10_half":
@@ -142,7 +142,7 @@ class Swin(nn.Module):
     """
 
     def __init__(
-        self, name: str, freeze_at: int, state_dict: dict | None, drop_path: float = 0.2
+        self, name: str, freeze_at: int, state_dict: dict | None = None, drop_path: float = 0.2
     ) -> None:
         super().__init__()
         channels, depths, heads = SWINS[name]

@@ -273,25 +273,24 @@ class Loader:
             raise DataError(last_line.removeprefix("boxteacher.coco.DataError: ")) from None
 
 
-def make_train_loader(
-    dataset: CocoDataset,
-    batch_size_per_rank: int,
-    steps: int,
-    start_step: int,
-    seed: int,
-    rank: int,
-    world_size: int,
-    workers: int,
-    aspect_grouping: bool,
-    parts: int = 1,
-) -> Loader:
-    """Yields this rank's Batch of each step from start_step to steps - 1, or the `parts` Batches
-    that share its images (see TrainOrder).
-    """
-    is_wide = [not aspect_grouping or i["width"] >= i["height"] for i in dataset.images]
-    run = (batch_size_per_rank, steps, start_step, seed, rank, world_size)
-    order = TrainOrder(is_wide, *run, parts)
-    return Loader(dataset, order, workers, collate)
+def make_train_loader(dataset, cfg, start_step=0, rank=0, world_size=1):
+    is_wide = [bool(cfg.crop) or i["width"] >= i["height"] for i in dataset.images]
+    order = TrainOrder(
+        is_wide,
+        cfg.batch_size // world_size,
+        cfg.steps,
+        start_step,
+        cfg.seed,
+        rank,
+        world_size,
+        cfg.accumulate,
+    )
+    parts = []
+    for batch in Loader(dataset, order, cfg.workers, collate):
+        parts.append(batch)
+        if len(parts) == cfg.accumulate:
+            yield parts
+            parts = []
 
 
 def make_test_loader(dataset: CocoDataset, rank: int, world_size: int, workers: int) -> Loader:

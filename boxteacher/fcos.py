@@ -21,17 +21,20 @@ SIZE_RANGES = ((-1, 1), (1, 2), (2, 4), (4, 8), (8, math.inf))  # of the levels,
 
 
 class Locations(NamedTuple):
-    """The P locations of a feature pyramid, level by level, row by row."""
+    """The P locations of a feature pyramid, level by level, row by row.
+
+    Each answers for boxes whose longest distance from it is in its level's range.
+    """
 
     xy: Tensor  # [P, 2] pixels
     strides: Tensor  # [P] pixels
-    size_ranges: Tensor  # [P, 2] pixels: the longest distances that a location answers for
+    size_ranges: Tensor  # [P, 2] pixels: least and greatest longest distance
     sizes_of_interest: Tensor  # [P] pixels: the scale of relative coordinates in the mask head
     level_sizes: list[int]  # number of locations of each level
 
 
 class Predictions(NamedTuple):
-    """What the head says of every location, and the box tower's maps, for the controller."""
+    """The head's output at every location, and the box tower's maps for the controller."""
 
     class_logits: Tensor  # [N, P, C]
     distances: Tensor  # [N, P, 4] >= 0, stride units
@@ -40,7 +43,7 @@ class Predictions(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """What every location should say."""
+    """What every location should predict."""
 
     labels: Tensor  # [N, P] 0..C-1, or -1 for background
     distances: Tensor  # [N, P, 4] stride units; 1 in the background
@@ -102,31 +105,14 @@ class FCOSHead(nn.Module):
         return Predictions(class_logits, distances, centerness.squeeze(-1), box_features)
 
     def dynamic_params(self, box_features: Sequence[Tensor], index: Tensor) -> Tensor:
-        """The controller's conv evaluated at chosen locations only: their 3x3 patches are gathered
-        and multiplied with the kernel. The same numbers as the dense conv; it is asked for K of P
-        locations.
+        """The parameters of the dynamic mask head at chosen locations. Equal to the dense
+        controller convolution, but computed at K of the P locations only.
 
         box_features per level [N, channels, h, w]; index [N, K] into P. Returns [N, K,
         num_dynamic].
         """
-        corners, widths, start = [], [], 0  # of each location's patch in the padded, flattened maps
-        for feature in box_features:
-            height, width = feature.shape[-2:]
-            rows = torch.arange(height, device=index.device) * (width + 2)
-            columns = torch.arange(width, device=index.device)
-            corners.append((start + rows[:, None] + columns).flatten())
-            widths.append(torch.full_like(corners[-1], width + 2))
-            start += (height + 2) * (width + 2)
-        padded = flatten_levels([nn.functional.pad(f, (1, 1, 1, 1)) for f in box_features])
-
-        corner, width = torch.cat(corners)[index], torch.cat(widths)[index]
-        patch = [corner + dy * width + dx for dy in range(3) for dx in range(3)]
-        pixels = torch.stack(patch, dim=-1).flatten(1)  # [N, 9K]
-        images = torch.arange(len(index), device=index.device)[:, None]
-        patches = padded[images, pixels].unflatten(1, (-1, 9)).flatten(2)  # [N, K, 9 * channels]
-        kernel = self.controller.weight.permute(0, 2, 3, 1).flatten(
-            1
-        )  # [num_dynamic, 9 * channels]
+        patches = gather_patches(box_features, index)
+        kernel = self.controller.weight.permute(0, 2, 3, 1).flatten(1)  # [num_dynamic, 9 channels]
         return nn.functional.linear(patches, kernel, self.controller.bias)
 
 
@@ -135,16 +121,39 @@ def flatten_levels(maps: Sequence[Tensor]) -> Tensor:
     return torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1)
 
 
+def gather_patches(maps: Sequence[Tensor], index: Tensor) -> Tensor:
+    """The 3x3 patches around chosen locations, as a convolution with padding 1 would see them.
+
+    maps per level [N, C, h, w]; index [N, K] into P. Returns [N, K, 9 C], pixel by pixel, row by
+    row.
+    """
+    # In a padded map of width w + 2, the patch of cell (i, j) begins at i (w + 2) + j.
+    corners, widths, start = [], [], 0
+    for level in maps:
+        height, width = level.shape[-2:]
+        rows = torch.arange(height, device=index.device) * (width + 2)
+        corners.append((start + rows[:, None] + torch.arange(width, device=index.device)).flatten())
+        widths.append(torch.full_like(corners[-1], width + 2))
+        start += (height + 2) * (width + 2)
+    padded = flatten_levels([nn.functional.pad(level, (1, 1, 1, 1)) for level in maps])
+
+    corner, width = torch.cat(corners)[index], torch.cat(widths)[index]  # [N, K]
+    patch = [corner + dy * width + dx for dy in range(3) for dx in range(3)]
+    pixels = torch.stack(patch, dim=-1).flatten(1)  # [N, 9K]
+    images = torch.arange(len(index), device=index.device)[:, None]
+    return padded[images, pixels].unflatten(1, (-1, 9)).flatten(2)
+
+
 def at_least_float32(x: Tensor) -> Tensor:
     """Losses and scores leave bfloat16 behind; float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def make_locations(features: Sequence[Tensor], size_unit: float = 64) -> Locations:
-    """Cell (i, j) of stride s stands at x = s*j + s//2, y = s*i + s//2.
+    """Cell (i, j) of stride s is at x = s*j + s//2, y = s*i + s//2.
 
-    size_unit, pixels: P3 answers for distances up to one, P4 for one to two, P5 for two to four ...
-    64 suits photographs of 800 pixels; small images want less, or all falls to P3.
+    size_unit, pixels: P3 is for distances up to one unit, P4 for one to two, P5 for two to four,
+    and so on. 64 suits photographs of 800 pixels. Small images need less, or P3 gets every object.
     """
     device = features[0].device
     xy, strides, ranges, sizes = [], [], [], []
@@ -173,11 +182,11 @@ def make_locations(features: Sequence[Tensor], size_unit: float = 64) -> Locatio
 def assign_targets(
     locations: Locations, boxes: Tensor, labels: Tensor, valid: Tensor, centers: Tensor
 ) -> Targets:
-    """Which box each location answers for (FCOS, section 3.1 and 3.2, with center sampling).
+    """Which box each location has to predict (FCOS, sections 3.1 and 3.2, with center sampling).
 
     A location is a candidate for a box if it lies strictly inside center ± 1.5 strides, cut to the
     box, and if max(l, t, r, b) is in its level's range, both ends included. Of several boxes the
-    smallest wins, the first of equals. boxes [N, G, 4]; labels, valid [N, G]; centers [N, G, 2].
+    smallest wins, and of equal ones the first. boxes [N, G, 4]; labels, valid [N, G]; centers [N, G, 2].
 
     Differs from the published code with box supervision: the center is the box's, not that of its
     raster.
@@ -215,24 +224,31 @@ def sample_best_locations(
     keeps its max(limit // u, 1) positives of highest quality.
 
     quality [N, P]: max class probability * centerness. Returns index [N, K] into P and is_real [N,
-    K], the real ones first, K = min(max(limit, num_boxes), P) whatever the data, so that no step
-    waits for the device.
+    K], the real ones first. K = min(max(limit, num_boxes), P) does not depend on the data, so no
+    step waits for the device.
     """
+    # An example with limit = 4 and two boxes:
+    #   location   0  1  2  3  4  5       quality  .9 .1 .5 .8 .7 .6
+    #   group      0  1  0  0  -  1       (the box, or num_boxes for the background)
     num_images, num_locations = quality.shape
-    group = torch.where(targets.is_positive, targets.box_index, num_boxes)  # last group: nobody's
+    group = torch.where(targets.is_positive, targets.box_index, num_boxes)
     count = torch.zeros(num_images, num_boxes + 1, dtype=torch.int64, device=quality.device)
-    count.scatter_add_(1, group, torch.ones_like(group))
+    count.scatter_add_(1, group, torch.ones_like(group))  # 3 2 1
     boxes_with_positives = (count[:, :num_boxes] > 0).sum(1, keepdim=True)
-    quota = (limit // boxes_with_positives.clamp(min=1)).clamp(min=1)  # [N, 1]
+    quota = (limit // boxes_with_positives.clamp(min=1)).clamp(min=1)  # [N, 1]: 2
 
-    by_quality = quality.argsort(dim=1, descending=True, stable=True)
+    # Sort by quality, then by box. A stable sort keeps the quality's order within each box.
+    by_quality = quality.argsort(dim=1, descending=True, stable=True)  # 0 3 4 5 2 1
     by_group = group.gather(1, by_quality).argsort(dim=1, stable=True)
-    order = by_quality.gather(1, by_group)  # by box, within a box by quality
-    sorted_group = group.gather(1, order)
+    order = by_quality.gather(1, by_group)  # 0 3 2  5 1  4
+    sorted_group = group.gather(1, order)  # 0 0 0  1 1  2
+
+    # A location's rank within its box decides.
     start = count.cumsum(1) - count
     rank = torch.arange(num_locations, device=quality.device) - start.gather(1, sorted_group)
-    is_kept = (sorted_group < num_boxes) & (rank < quota)
+    is_kept = (sorted_group < num_boxes) & (rank < quota)  # 1 1 0  1 1  0
 
+    # The kept ones come first: 0 3 5 1.
     slots = min(max(limit, num_boxes), num_locations)
     is_real, position = is_kept.to(torch.uint8).sort(dim=1, descending=True, stable=True)
     return order.gather(1, position[:, :slots]), is_real[:, :slots].bool()
@@ -269,10 +285,7 @@ def detect(
     """
     probs = predictions.class_logits.sigmoid() * predictions.centerness_logits.sigmoid()[..., None]
     num_classes = probs.shape[-1]
-    pairs, start = (
-        [],
-        0,
-    )  # per level: p and number of the pair (location, class), [N, <= pre_nms_top]
+    pairs, start = [], 0  # per level [N, <= pre_nms_top]: p, and a number for (location, class)
     for size in locations.level_sizes:
         level = probs[:, start : start + size].flatten(1)
         p, pair = level.topk(min(pre_nms_top, level.shape[1]), dim=1)
@@ -289,7 +302,7 @@ def detect(
         reach = distances[index] * locations.strides[index, None]
         xy = locations.xy[index]
         boxes = torch.cat((xy - reach[:, :2], xy + reach[:, 2:]), dim=1)
-        # it moves classes apart by the largest coordinate, which needs coordinates >= 0
+        # batched_nms moves classes apart by the largest coordinate and needs coordinates >= 0
         lowest = torch.cat((boxes.flatten(), boxes.new_zeros(1))).min()
         keep = batched_nms(boxes - lowest, scores, labels, nms_threshold)
         if len(keep) > max_detections:

@@ -1,6 +1,11 @@
-"""The losses, unreduced: the caller sums and shows the normalizer.
+"""The losses. The caller sums them and shows what it divides by.
 
-N images · K sampled instances · C classes · H, W the stride-4 grid · 8 neighbors at dilation 2
+    focal_loss, giou_loss                       one value an element: location and class, location
+    dice_loss, projection_loss, affinity_loss   one value an instance
+    color_pairwise_sums                         a sum and its weight for each instance
+    centerness_targets, box_masks, inside_masks, color_similarity      no losses, what these need
+
+N images · K sampled instances · C classes · H4, W4 the stride-4 grid · 8 neighbors at dilation 2
 
 Sources: focal loss arXiv 1708.02002, GIoU 1902.09630, FCOS 1904.01355, dice 1606.04797,
 BoxInst 2012.02310, BoxTeacher 2210.05174.
@@ -14,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# (dy, dx) of the neighbors in reading order; number k and number 7 - k are opposite. A pair of
-# pixels is visited once, from its upper (or left) pixel, along the last four.
+# (dy, dx) of the neighbors in reading order. Number k and number 7 - k are opposite. Loops over
+# pairs visit each pair once, from its upper (or left) pixel, in the last four directions.
 NEIGHBORS = ((-2, -2), (-2, 0), (-2, 2), (0, -2), (0, 2), (2, -2), (2, 0), (2, 2))
 FORWARD = (4, 5, 6, 7)
 
@@ -24,7 +29,8 @@ FORWARD = (4, 5, 6, 7)
 
 
 def focal_loss(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
-    """Sigmoid focal loss: easy examples fade out (arXiv 1708.02002, eq. 5).
+    """Sigmoid focal loss: easy examples count little (arXiv 1708.02002, eq. 5). Equal to
+    torchvision's, for whole-number labels.
 
         z = -logit for the labeled class, logit for the others
         L = alpha_t * sigmoid(z)^gamma * softplus(z)
@@ -57,7 +63,7 @@ def giou_loss(predicted: Tensor, target: Tensor) -> Tensor:
 
 
 def centerness_targets(distances: Tensor) -> Tensor:
-    """How central a location is in its box (FCOS, eq. 3).
+    """How near a location is to its box's center (FCOS, eq. 3).
 
         ctr* = sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b))
 
@@ -73,20 +79,21 @@ def centerness_targets(distances: Tensor) -> Tensor:
 
 
 def dice_loss(probs: Tensor, targets: Tensor, dims: int | tuple[int, ...] = (-2, -1)) -> Tensor:
-    """1 - 2 Σ x y / (Σ x² + Σ y² + 1e-5) over `dims` (V-Net, arXiv 1606.04797). Same shapes in;
-    `dims` are gone.
+    """1 - 2 Σ x y / (Σ x² + Σ y² + 1e-5) over `dims` (V-Net, arXiv 1606.04797).
+
+    probs and targets have the same shape. The result has it too, without `dims`.
     """
     overlap = (probs * targets).sum(dims)
     return 1 - 2 * overlap / (probs.square().sum(dims) + targets.square().sum(dims) + 1e-5)
 
 
 def projection_loss(probs: Tensor, box_masks: Tensor) -> Tensor:
-    """A mask casts the same shadow on both axes as its box (BoxInst, arXiv 2012.02310, section
-    3.1).
+    """A mask and its box have the same projection on either axis (BoxInst, arXiv 2012.02310,
+    section 3.1).
 
         L = dice(max_y m, max_y b) + dice(max_x m, max_x b)
 
-    probs [..., H, W] in [0, 1]; box_masks [..., H, W] in {0, 1}. Returns [...].
+    probs [..., H4, W4] in [0, 1]; box_masks [..., H4, W4] in {0, 1}. Returns [...].
     """
     return sum(dice_loss(probs.amax(axis), box_masks.amax(axis), -1) for axis in (-2, -1))
 
@@ -128,7 +135,7 @@ def _pairwise_sums(
     with p = sigmoid(a), so no log of a small number is taken. A pair is seen from both its ends:
     its weight is the sum of the two.
 
-    mask_logits [..., H, W]; pair_weights(direction) broadcasts to the pairs. Returns two [...].
+    mask_logits [..., H4, W4]; pair_weights(direction) broadcasts to the pairs. Returns two [...].
     """
     softplus = F.softplus(mask_logits)
     loss, weight = 0.0, 0.0
@@ -144,11 +151,11 @@ def _pairwise_sums(
 def color_pairwise_sums(
     mask_logits: Tensor, color_edges: Tensor, inside_box: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Pixels of similar color belong together (BoxInst, section 3.2): w_ij = edge_ij * b_i.
+    """Pixels of similar color have the same label (BoxInst, section 3.2): w_ij = edge_ij * b_i.
 
-    mask_logits [N, K, H, W]; color_edges bool [N, 8, H, W] (similarity >= tau); inside_box bool [N,
-    K, H, W]. Returns Σ w * term and Σ w, each [N, K]; the loss is the sum of the first over max(sum
-    of the second, 1).
+    mask_logits [N, K, H4, W4]; color_edges bool [N, 8, H4, W4], similarity >= tau; inside_box bool
+    [N, K, H4, W4]. Returns Σ w * term and Σ w, each [N, K]. The loss is the first, summed over all
+    instances, divided by the second, summed likewise and at least 1.
     """
 
     def pair_weights(direction: int) -> Tensor:
@@ -167,18 +174,18 @@ def affinity_loss(
     inside_image: Tensor,
     threshold: float = 0.5,
 ) -> Tensor:
-    """Noise-reduced affinity (BoxTeacher): neighbors that a smoothed pseudo mask t~ calls alike
-    should be alike.
+    """Noise-reduced affinity (BoxTeacher, section 3.3): neighbors that are alike in a smoothed
+    pseudo mask t~ should have the same label.
 
         t~ = (t + mean3x3(t)) / 2;  g_ij = t~_i t~_j + (1-t~_i)(1-t~_j)
         v_ij = 1[g_ij >= threshold] b_i
         L = Σ v_ij * -log(p_i p_j + (1-p_i)(1-p_j)) / max(Σ v_ij, 1),  over j inside the image
 
-    mask_logits, pseudo_masks {0, 1}, inside_box bool [N, K, H, W]; inside_image bool [N, H, W].
+    mask_logits, pseudo_masks {0, 1}, inside_box bool [N, K, H4, W4]; inside_image bool [N, H4, W4].
     Returns [N, K].
     """
-    each = pseudo_masks.flatten(0, 1)[:, None]  # as a batch, which may be empty
-    mean = F.avg_pool2d(each, 3, stride=1, padding=1)  # zero padding, always divided by 9
+    each = pseudo_masks.flatten(0, 1)[:, None]
+    mean = F.avg_pool2d(each, 3, stride=1, padding=1)  # the padding counts as 0
     smooth = (pseudo_masks + mean.view_as(pseudo_masks)) / 2
 
     def pair_weights(direction: int) -> Tensor:
@@ -197,13 +204,13 @@ def affinity_loss(
 
 
 def rgb_to_lab(rgb: Tensor) -> Tensor:
-    """sRGB (0..255) to CIE L*a*b*, D65 white, 2 degree observer. rgb [N, 3, H, W] float. Returns
-    [N, 3, H, W].
+    """sRGB (0..255) to CIE L*a*b*, D65 white, 2 degree observer. rgb [N, 3, H4, W4] float. Returns
+    [N, 3, H4, W4].
     """
     rgb = rgb / 255
     r, g, b = torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92).unbind(1)
-    # not a matrix product: autocast would round that to bfloat16, and TF32 to 10 bits; and its
-    # matrix would be copied to the GPU, which waits for it
+    # Not a matrix product: autocast would round that to bfloat16, and TF32 to 10 bits. And its
+    # matrix would have to be copied to the GPU, for which the CPU would wait.
     x = (0.412453 * r + 0.357580 * g + 0.180423 * b) / 0.95047
     y = 0.212671 * r + 0.715160 * g + 0.072169 * b
     z = (0.019334 * r + 0.119193 * g + 0.950227 * b) / 1.08883
@@ -230,15 +237,20 @@ def color_similarity(images: Tensor, inside_image: Tensor) -> Tensor:
 
         S_ij = exp(-‖Lab_i - Lab_j‖ / 2), and 0 for a neighbor j outside the image
 
-    images [N, 3, 4H, 4W] RGB 0..255, before any color augmentation; inside_image bool [N, H, W].
-    Returns [N, 8, H, W], computed once an image, whatever the number of its boxes.
+    images [N, 3, 4 H4, 4 W4] RGB 0..255, before any color augmentation; inside_image bool [N, H4,
+    W4]. Returns [N, 8, H4, W4], computed once an image for all its boxes.
     """
     lab = rgb_to_lab(F.avg_pool2d(images.float(), 4).floor())
-    similarity = lab.new_zeros(images.shape[0], 8, *lab.shape[-2:])
-    for direction in FORWARD:
-        lab_i, lab_j = _pairs(lab, direction)
-        inside_i, inside_j = _pairs(inside_image, direction)
-        alike = (-(lab_i - lab_j).norm(dim=1) / 2).exp()
-        _pairs(similarity[:, direction], direction)[0].copy_(alike * inside_j)
-        _pairs(similarity[:, 7 - direction], direction)[1].copy_(alike * inside_i)
-    return similarity
+    inside = inside_image[:, None].to(lab.dtype)
+    similarity = []
+    for dy, dx in NEIGHBORS:
+        distance = (lab - shifted(lab, dy, dx)).norm(dim=1)
+        similarity.append((-distance / 2).exp() * shifted(inside, dy, dx)[:, 0])
+    return torch.stack(similarity, dim=1)
+
+
+def shifted(x: Tensor, dy: int, dx: int) -> Tensor:
+    """x [N, C, H4, W4] at every pixel's neighbor (dy, dx), 0 outside the map."""
+    height, width = x.shape[-2:]
+    padded = F.pad(x, [2, 2, 2, 2])
+    return padded[..., 2 + dy : 2 + dy + height, 2 + dx : 2 + dx + width]

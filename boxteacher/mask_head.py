@@ -1,6 +1,6 @@
 """CondInst's masks (arXiv 2003.05664): shared features, and a tiny network for each instance.
 
-N images · K instances · H, W the stride-8 grid of P3
+N images · K instances · H8, W8 the stride-8 grid of P3
 """
 
 from __future__ import annotations
@@ -16,18 +16,21 @@ HIDDEN = 8  # channels between the dynamic layers
 
 def num_dynamic_params(mask_channels: int) -> int:
     """Weights and biases of the layers (2 + mask_channels) -> 8 -> 8 -> 1: 233 for 16 channels."""
-    return (2 + mask_channels) * HIDDEN + HIDDEN * HIDDEN + HIDDEN + HIDDEN + HIDDEN + 1
+    return sum(dynamic_sizes(mask_channels))
+
+
+def dynamic_sizes(mask_channels: int) -> list[int]:
+    """The numbers of parameters, in their order: three weights, then three biases."""
+    return [(2 + mask_channels) * HIDDEN, HIDDEN * HIDDEN, HIDDEN, HIDDEN, HIDDEN, 1]
 
 
 def aligned_upsample(x: Tensor, factor: int) -> Tensor:
-    """Bilinear upsampling that keeps the sample points of strided grids aligned: x[..., i] stands
-    at pixel factor//2 + i*factor of the result, as location (i, j) of a stride-s level stands at
+    """Bilinear upsampling that keeps the sample points of strided grids aligned: x[..., i] is at
+    pixel factor//2 + i*factor of the result, as location (i, j) of a stride-s level is at
     s//2 + s*i.
 
-    x [N, C, H, W]. Returns [N, C, factor*H, factor*W].
+    x [N, C, h, w]. Returns [N, C, factor*h, factor*w].
     """
-    if factor == 1:
-        return x
     height, width = x.shape[-2:]
     if x.shape[1] == 0:  # torch refuses to pad or to resize nothing
         return x.reshape(len(x), 0, factor * height, factor * width)
@@ -36,7 +39,7 @@ def aligned_upsample(x: Tensor, factor: int) -> Tensor:
         x = torch.cat((first, x, last), dim)
     size = (factor * (height + 1) + 1, factor * (width + 1) + 1)
     x = F.interpolate(x, size=size, mode="bilinear", align_corners=True)
-    start = factor - factor // 2  # x[..., 0] now stands at factor, and is to stand at factor // 2
+    start = factor - factor // 2  # x[..., 0] is now at factor and belongs at factor // 2
     return x[..., start : start + factor * height, start : start + factor * width]
 
 
@@ -70,7 +73,7 @@ class MaskBranch(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """P3, P4, P5, each [N, in_channels, H / 2^i, W / 2^i]. Returns [N, out_channels, H, W]."""
+        """P3, P4, P5, each [N, in_channels, H8 / 2^i, W8 / 2^i]. Returns [N, out_channels, H8, W8]."""
         x = self.refine[0](features[0])
         for i in (1, 2):
             x = x + aligned_upsample(self.refine[i](features[i]), 2**i)
@@ -90,9 +93,9 @@ def dynamic_mask_logits(
     so the first layer is one matrix product per image for all its instances; the other two are
     small batched products.
 
-    mask_features [N, C, H, W], pixels (8j + 4, 8i + 4); params [N, K, 8(C+2) + 64 + 8 + 17]: the
+    mask_features [N, C, H8, W8], pixels (8j + 4, 8i + 4); params [N, K, 8(C+2) + 64 + 8 + 17]: the
     three weights, then the three biases; locations [N, K, 2] (x, y) in pixels; sizes_of_interest
-    [N, K] in pixels. Returns logits [N, K, H, W]. Runs in float32 under autocast: bfloat16 cannot
+    [N, K] in pixels. Returns logits [N, K, H8, W8]. Runs in float32 under autocast: bfloat16 cannot
     count pixels beyond 256.
     """
     num_images, channels, height, width = mask_features.shape
@@ -100,8 +103,7 @@ def dynamic_mask_logits(
     with torch.autocast(device.type, enabled=False):
         dtype = torch.promote_types(params.dtype, torch.float32)
         params, mask_features = params.to(dtype), mask_features.to(dtype)
-        sizes = [(2 + channels) * HIDDEN, HIDDEN * HIDDEN, HIDDEN, HIDDEN, HIDDEN, 1]
-        w1, w2, w3, b1, b2, b3 = params.split(sizes, dim=-1)
+        w1, w2, w3, b1, b2, b3 = params.split(dynamic_sizes(channels), dim=-1)
 
         w1 = w1.unflatten(-1, (HIDDEN, 2 + channels))  # [N, K, 8, 2 + C]
         w_xy = w1[..., :2] / sizes_of_interest[..., None, None]
@@ -111,9 +113,9 @@ def dynamic_mask_logits(
         y = (torch.arange(height, device=device, dtype=dtype) * 8 + 4)[:, None].expand(-1, width)
         x = (torch.arange(width, device=device, dtype=dtype) * 8 + 4).expand(height, -1)
         pixels = torch.stack((x, y, torch.ones_like(x))).expand(num_images, -1, -1, -1)
-        inputs = torch.cat((mask_features, pixels), dim=1).flatten(2)  # [N, C + 3, HW]
+        inputs = torch.cat((mask_features, pixels), dim=1).flatten(2)  # [N, C + 3, H8 W8]
 
-        hidden = (w1.flatten(1, 2) @ inputs).relu()  # [N, 8K, HW]
+        hidden = (w1.flatten(1, 2) @ inputs).relu()  # [N, 8K, H8 W8]
         hidden = hidden.view(num_images * num_instances, HIDDEN, height * width)
         w2 = w2.reshape(-1, HIDDEN, HIDDEN)
         hidden = torch.baddbmm(b2.reshape(-1, HIDDEN, 1), w2, hidden).relu()

@@ -1,7 +1,10 @@
 """CondInst with the losses of CondInst, BoxInst and BoxTeacher, and the teacher's step.
 
-N images · G boxes · K instances · C classes · P locations · D detections · h, w image pixels
-Masks are learned on the stride-4 grid [H, W] of the padded image; names say so: `_s8`, `_s4`.
+N images · G boxes · K sampled instances · C classes · P locations · D detections
+h, w pixels of an image · H4, W4 and H8, W8 the grids of stride 4 and 8 over the padded images
+
+Masks are predicted at stride 8 and learned at stride 4: `mask_logits_s4` is [N, K, H4, W4].
+A loss is a pair (sum, count) of scalars until `CondInst.forward` divides them: `LossSums`.
 """
 
 from __future__ import annotations
@@ -16,32 +19,33 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou, clip_boxes_to_image
 
 from . import fcos, losses
-from .backbone import NORMS, SWINS, Backbone, ResNet, Swin, pretrained_state_dict, without_drop_path
+from .backbone import NORMS, SWINS, Backbone, ResNet, Swin, without_drop_path
 from .config import Config
 from .data import Batch
 from .distributed import reduce_mean
 from .mask_head import MaskBranch, aligned_upsample, dynamic_mask_logits, num_dynamic_params
-from .pseudo_labels import assign_to_boxes, mask_aware_scores, published_scores
-from .published import read_backbone
+from .pseudo_labels import assign_to_boxes, mask_aware_scores, take_assigned
 from .transforms import resized_size
 
 PIXELS = {  # means (0..255) and deviations of the channels that a backbone's weights expect
     "rgb": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
     "bgr": ((103.53, 116.28, 123.675), (1.0, 1.0, 1.0)),
 }
-WEAK_LOSSES = ("pairwise", "pseudo_mask", "pseudo_affinity")  # those that warm up
 MASK_CHUNK = 64  # instances whose full-resolution masks are held in memory at a time
+
+Size = tuple[int, int]  # height, width
+LossSums = dict[str, tuple[Tensor, Tensor]]  # name: (sum over instances, what to divide it by)
 
 
 class PseudoMasks(NamedTuple):
-    """What the teacher says of the ground-truth boxes; a box without a detection has weight 0."""
+    """The teacher's masks for the ground-truth boxes. A box without a detection has weight 0."""
 
-    masks: Tensor  # bool [N, G, H, W] stride 4, inside the box
+    masks: Tensor  # bool [N, G, H4, W4], inside the box
     weights: Tensor  # [N, G] mask-aware scores in [0, 1]
 
 
 class Instances(NamedTuple):
-    """One image's results in pixels of the wanted output size."""
+    """One image's results in pixels of the output size."""
 
     boxes: Tensor  # [D, 4] xyxy
     scores: Tensor  # [D]
@@ -54,46 +58,46 @@ class Encoded(NamedTuple):
 
     predictions: fcos.Predictions
     locations: fcos.Locations
-    mask_features: Tensor  # [N, mask_channels, H/2, W/2] stride 8
+    mask_features: Tensor  # [N, mask_channels, H8, W8]
+
+
+class Sampled(NamedTuple):
+    """The instances whose masks are learned: K slots an image, some of them padding."""
+
+    logits: Tensor  # [N, K, H4, W4] masks
+    probs: Tensor  # their sigmoid
+    box_index: Tensor  # [N, K] the instance's box, one of the image's G
+    is_real: Tensor  # bool [N, K], False in the padding
+
+    def of_boxes(self, x: Tensor) -> Tensor:
+        """What belongs to the boxes, [N, G, ...], for each instance: [N, K, ...]."""
+        return x[torch.arange(len(x), device=x.device)[:, None], self.box_index]
+
+    def total(self, per_instance: Tensor) -> Tensor:
+        """The sum of [N, K] over real instances. `where`, because 0 * NaN is NaN."""
+        return torch.where(self.is_real, per_instance, 0.0).sum()
 
 
 class CondInst(nn.Module):
     """FCOS with conditional convolutions for masks (arXiv 2003.05664), trained from masks, boxes,
     or boxes and pseudo masks.
 
-    `mode` chooses the mask losses: condinst (dice against true masks), boxinst (projection, color
-    pairwise), boxteacher (those of boxinst, and the two of pseudo masks where there are any; masks
-    rescore detections). `loss_weights` by the names of the losses; `detect_options` go to
-    fcos.detect.
+    `cfg.mode` chooses the mask losses: condinst (true masks), boxinst (boxes and colors), boxteacher
+    (those of boxinst and, where there are pseudo masks, two more).
     """
 
     def __init__(
-        self,
-        backbone: Backbone,
-        head: fcos.FCOSHead,
-        mask_branch: MaskBranch,
-        mode: str,
-        loss_weights: dict[str, float],
-        color_threshold: float = 0.3,
-        affinity_threshold: float = 0.5,
-        max_mask_locations: int = 64,
-        size_unit: float = 64,
-        detect_options: dict[str, float] | None = None,
-        pixel_format: str = "rgb",
+        self, backbone: Backbone, head: fcos.FCOSHead, mask_branch: MaskBranch, cfg: Config
     ) -> None:
         super().__init__()
         self.backbone, self.head, self.mask_branch = backbone, head, mask_branch
-        self.mode, self.loss_weights = mode, loss_weights
-        self.color_threshold, self.affinity_threshold = color_threshold, affinity_threshold
-        self.max_mask_locations, self.size_unit = max_mask_locations, size_unit
-        self.detect_options = detect_options or {}
-        self.is_bgr = pixel_format == "bgr"
-        for name, values in zip(("pixel_mean", "pixel_std"), PIXELS[pixel_format], strict=True):
+        self.cfg = cfg
+        for name, values in zip(("pixel_mean", "pixel_std"), PIXELS[cfg.pixel_format], strict=True):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
 
-    def normalize(self, images: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
-        """uint8 RGB [N, 3, h, w] to what the backbone's weights expect; the padding becomes 0."""
-        images = images.flip(1) if self.is_bgr else images
+    def normalize(self, images: Tensor, sizes: Sequence[Size]) -> Tensor:
+        """uint8 RGB [N, 3, h, w] to what the backbone's weights expect. The padding becomes 0."""
+        images = images.flip(1) if self.cfg.pixel_format == "bgr" else images
         normalized = (images - self.pixel_mean) / self.pixel_std
         for image, (height, width) in zip(normalized, sizes, strict=True):
             image[:, height:] = 0
@@ -102,15 +106,17 @@ class CondInst(nn.Module):
 
     def encode(self, normalized: Tensor) -> Encoded:
         features = self.backbone(normalized)
-        locations = fcos.make_locations(features, self.size_unit)
+        locations = fcos.make_locations(features, self.cfg.size_unit)
         return Encoded(self.head(features), locations, self.mask_branch(features[:3]))
 
     def mask_logits_s4(self, encoded: Encoded, index: Tensor) -> Tensor:
-        """Masks of chosen locations, index [N, K] into P. Returns [N, K, H, W]."""
+        """Masks of chosen locations, index [N, K] into P. Returns [N, K, H4, W4]."""
         params = self.head.dynamic_params(encoded.predictions.box_features, index)
         xy, scale = encoded.locations.xy[index], encoded.locations.sizes_of_interest[index]
         logits_s8 = dynamic_mask_logits(encoded.mask_features, params, xy, scale)
         return aligned_upsample(logits_s8, 2)
+
+    # --- the student's step -----------------------------------------------------------------------
 
     def forward(
         self,
@@ -119,142 +125,169 @@ class CondInst(nn.Module):
         weak_factor: float = 1.0,
         pseudo: PseudoMasks | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The weighted losses of one batch, and figures worth watching.
+        """The weighted losses of one batch, and metrics: fractions [2] (numerator, denominator).
 
-        images uint8 [N, 3, h, w]: what the student sees (`batch.images` is the plain copy, for
-        color similarity); weak_factor in [0, 1] is the warm-up of the losses without true masks.
-        Normalizers are means over ranks, so the losses of a global batch do not depend on how many
-        processes share it.
+        images uint8 [N, 3, h, w]: what the student sees (`batch.images` is the plain copy, from
+        which colors are compared). weak_factor in [0, 1]: the warm-up of the losses that use no
+        true labels (pairwise, pseudo_mask, pseudo_affinity). Sums are divided by the mean count
+        over ranks, so a global batch has the same losses on any number of processes.
         """
+        cfg = self.cfg
         encoded = self.encode(self.normalize(images, batch.sizes))
         reliable = [(h - cut, w) for (h, w), cut in zip(batch.sizes, batch.cut_rows, strict=True)]
         rows, columns = (side // 4 for side in images.shape[-2:])
         inside_image = losses.inside_masks(reliable, rows, columns, images.device)
-        sums, norms, figures = self.loss_sums(encoded, batch, inside_image, pseudo)
+        sums, metrics = self.loss_sums(encoded, batch, inside_image, pseudo)
+        if pseudo is not None:
+            metrics |= pseudo_mask_metrics(pseudo, batch)
 
         dtype = encoded.predictions.class_logits.dtype
-        means = reduce_mean(torch.stack([n.to(dtype) for n in norms.values()]))
+        counts = reduce_mean(torch.stack([count.to(dtype) for _, count in sums.values()]))
+        weak = {
+            "pairwise": cfg.pairwise_weight,
+            "pseudo_mask": cfg.pseudo_mask_weight,
+            "pseudo_affinity": cfg.pseudo_affinity_weight,
+        }
         weighted = {}
-        for name, mean in zip(norms, means.unbind(), strict=True):
-            weight = self.loss_weights[name] * (weak_factor if name in WEAK_LOSSES else 1.0)
-            # at least 1, but for the boxes' sum of centernesses, which may well be less
-            weighted[name] = weight * sums[name] / mean.clamp(min=1e-6 if name == "box" else 1.0)
-        return weighted, figures
+        for (name, (total, _)), count in zip(sums.items(), counts.unbind(), strict=True):
+            weight = weak[name] * weak_factor if name in weak else 1.0
+            # at least 1, except for the box loss, whose count is a sum of centernesses
+            weighted[name] = weight * total / count.clamp(min=1e-6 if name == "box" else 1.0)
+        return weighted, metrics
 
     def loss_sums(
         self, encoded: Encoded, batch: Batch, inside_image: Tensor, pseudo: PseudoMasks | None
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-        """Sums of the losses over their locations or instances, what each is to be divided by, and
-        figures. Tensors alone matter here, not sizes known to Python, so that it compiles.
-
-        inside_image bool [N, H, W]: where colors can be relied on.
+    ) -> tuple[LossSums, dict[str, Tensor]]:
+        """Every loss of the mode as (sum, count), and metrics. inside_image bool [N, H4, W4]: where
+        colors are reliable. It uses no Python-side sizes, so torch.compile handles changing shapes.
         """
+        cfg = self.cfg
         targets = fcos.assign_targets(
             encoded.locations, batch.boxes, batch.labels, batch.valid, batch.centers
         )
-        sums, norms = detection_loss_sums(encoded.predictions, targets)
+        sums = detection_losses(encoded.predictions, targets)
+        sampled = self.sample_instances(encoded, batch, targets)
+        if cfg.mode == "condinst":
+            return sums | condinst_losses(sampled, batch.masks), {}
 
-        if self.mode == "condinst":
-            index, is_real = fcos.sample_random_locations(
-                targets.is_positive, self.max_mask_locations
-            )
+        rows, columns = inside_image.shape[-2:]
+        inside_box = losses.box_masks(sampled.of_boxes(batch.boxes), rows, columns)
+        inside_box = inside_box & sampled.is_real[..., None, None]
+        color_edges = losses.color_similarity(batch.images, inside_image) >= cfg.color_threshold
+        sums |= boxinst_losses(sampled, inside_box, color_edges)
+        if pseudo is not None:
+            sums |= pseudo_losses(sampled, inside_box, inside_image, pseudo, cfg.affinity_threshold)
+
+        _, alike_pairs = sums["pairwise"]
+        pairs = 8 * inside_box.sum().to(alike_pairs.dtype)
+        return sums, {"color_edge_share": torch.stack((alike_pairs, pairs)).detach()}
+
+    def sample_instances(self, encoded: Encoded, batch: Batch, targets: fcos.Targets) -> Sampled:
+        """Choose positive locations, at random (CondInst) or the best of each box, and predict
+        their masks."""
+        limit, predictions = self.cfg.max_mask_locations, encoded.predictions
+        if self.cfg.mode == "condinst":
+            index, is_real = fcos.sample_random_locations(targets.is_positive, limit)
         else:
-            quality = encoded.predictions.class_logits.amax(-1).sigmoid()
-            quality = quality * encoded.predictions.centerness_logits.sigmoid()
+            quality = predictions.class_logits.amax(-1).sigmoid()
+            quality = quality * predictions.centerness_logits.sigmoid()
             num_boxes = batch.boxes.shape[1]
-            index, is_real = fcos.sample_best_locations(
-                targets, quality, num_boxes, self.max_mask_locations
-            )
-        box_index = targets.box_index.gather(1, index)  # [N, K]
+            index, is_real = fcos.sample_best_locations(targets, quality, num_boxes, limit)
+        box_index = targets.box_index.gather(1, index)
         logits = self.mask_logits_s4(encoded, index)
-        num_masks = is_real.sum()
+        return Sampled(logits, logits.sigmoid(), box_index, is_real)
 
-        def of_boxes(x: Tensor) -> Tensor:  # [N, G, ...] -> [N, K, ...]
-            return x[torch.arange(len(x), device=x.device)[:, None], box_index]
+    # --- the teacher's step -----------------------------------------------------------------------
 
-        def total(per_instance: Tensor) -> Tensor:  # where, not times: 0 * NaN is NaN
-            return torch.where(is_real, per_instance, 0.0).sum()
+    @torch.no_grad()
+    def make_pseudo_masks(self, batch: Batch, resize: bool = True) -> PseudoMasks:
+        """The teacher's step (BoxTeacher, section 3.2): detect on the plain images, score the
+        masks, assign them to the boxes.
 
-        figures: dict[str, Tensor] = {}
-        probs = logits.sigmoid()
-        if self.mode == "condinst":
-            true_masks = of_boxes(batch.masks).to(probs.dtype)
-            sums["mask"], norms["mask"] = total(losses.dice_loss(probs, true_masks)), num_masks
-        else:
-            rows, columns = logits.shape[-2:]
-            inside_box = (
-                losses.box_masks(of_boxes(batch.boxes), rows, columns) & is_real[..., None, None]
-            )
-            similarity = losses.color_similarity(batch.images, inside_image)
-            color_edges = similarity >= self.color_threshold
-            projection = losses.projection_loss(probs, inside_box.to(probs.dtype))
-            sums["projection"], norms["projection"] = total(projection), num_masks
-            pairwise, weight = losses.color_pairwise_sums(logits, color_edges, inside_box)
-            sums["pairwise"], norms["pairwise"] = total(pairwise), total(weight)
-            edges = torch.stack((total(weight), 8 * inside_box.sum().to(weight.dtype)))
-            figures["color_edge_share"] = edges.detach()
+        Called in train mode: the mask branch uses the batch's statistics. The images are enlarged
+        to `cfg.teacher_size`, unless that is 0 or `resize` is False.
+        """
+        rows, columns = (side // 4 for side in batch.images.shape[-2:])
+        masks = batch.valid.new_zeros(*batch.valid.shape, rows, columns)
+        weights = batch.boxes.new_zeros(batch.valid.shape)
 
-        if self.mode == "boxteacher" and pseudo is not None:
-            trust = of_boxes(pseudo.weights)
-            pseudo_masks = of_boxes(pseudo.masks).to(probs.dtype)
-            num_trusted = (is_real & (trust > 0)).sum()
-            dice = losses.dice_loss(probs, pseudo_masks)
-            affinity = losses.affinity_loss(
-                logits, pseudo_masks, inside_box, inside_image, self.affinity_threshold
-            )
-            for name, loss in (("pseudo_mask", dice), ("pseudo_affinity", affinity)):
-                sums[name], norms[name] = total(trust * loss), num_trusted
-        return sums, norms, figures
+        images, seen_sizes = self.normalize(batch.images, batch.sizes), batch.sizes
+        if resize and self.cfg.teacher_size:
+            limits = self.cfg.teacher_size, self.cfg.test_max_size
+            images, seen_sizes = resize_images(images, batch.sizes, *limits)
+        encoded = self.encode(images)
+        for n, found in enumerate(self.detect(encoded)):
+            labeled = self.label_boxes(encoded, n, found, seen_sizes[n], batch)
+            if labeled is not None:
+                sampled, weights[n] = labeled
+                masks[n, :, : sampled.shape[1], : sampled.shape[2]] = sampled
+        return PseudoMasks(masks & losses.box_masks(batch.boxes, rows, columns), weights)
+
+    def label_boxes(
+        self, encoded: Encoded, n: int, found: fcos.Detections, seen_size: Size, batch: Batch
+    ) -> tuple[Tensor, Tensor] | None:
+        """Masks bool [G, h/4, w/4] and weights [G] for the boxes of image n, or None if no
+        detection fits any of them. seen_size: the image's size as the teacher saw it.
+        """
+        cfg, size = self.cfg, batch.sizes[n]
+        boxes, _ = fit_boxes(found.boxes, seen_size, size)
+        ious = box_iou(boxes, batch.boxes[n]).masked_fill(~batch.valid[n], -1)  # [D, G]
+        # Only detections that overlap a box enough can be assigned. Only they need masks.
+        is_useful = (ious >= cfg.iou_threshold).any(1)
+        if not is_useful.any():
+            return None
+        boxes, ious, scores = boxes[is_useful], ious[is_useful], found.scores[is_useful]
+        probs = self.mask_probs(encoded, n, found.location_index[is_useful], seen_size, size)
+
+        inside_box = losses.box_masks(boxes, *size, stride=1)
+        scores = mask_aware_scores(probs, scores, inside_box, cfg.mask_threshold)
+        assigned = assign_to_boxes(ious, scores, cfg.iou_threshold, cfg.score_threshold)
+        return take_assigned(probs[:, 2::4, 2::4] > cfg.mask_threshold, scores, assigned)
+
+    # --- inference --------------------------------------------------------------------------------
 
     @torch.no_grad()
     def predict(
-        self,
-        images: Tensor,
-        sizes: Sequence[tuple[int, int]],
-        output_sizes: Sequence[tuple[int, int]],
+        self, images: Tensor, sizes: Sequence[Size], output_sizes: Sequence[Size]
     ) -> list[Instances]:
-        """Each image's results in pixels of its output size (height, width).
+        """Detect in uint8 [N, 3, h, w] images, padded, whose own sizes are `sizes`. The results are
+        in pixels of `output_sizes`, best first before rescoring; empty boxes are dropped.
 
-        Empty boxes are dropped. In mode boxteacher the score is sqrt(c * mean probability of the
-        mask's foreground), 0 for an empty mask; else c.
+        In mode boxteacher the score is sqrt(c * mean probability of the mask's foreground), 0 for
+        an empty mask, with c the detection's score. In the other modes it is c. (The score of
+        pseudo masks takes the mean inside the detection's box only: `mask_aware_scores`.)
         """
         encoded = self.encode(self.normalize(images, sizes))
         results = []
         for n, found in enumerate(self.detect(encoded)):
-            boxes, keep = fit_boxes(found.boxes, sizes[n], output_sizes[n])
-            boxes, scores, index = boxes[keep], found.scores[keep], found.location_index[keep]
-            masks, means = [], [scores[:0]]
+            boxes, is_box = fit_boxes(found.boxes, sizes[n], output_sizes[n])
+            boxes, scores, index = boxes[is_box], found.scores[is_box], found.location_index[is_box]
+            masks = [torch.zeros(0, *output_sizes[n], dtype=torch.bool, device=boxes.device)]
+            means = [scores[:0]]
             for part in index.split(MASK_CHUNK) if len(index) else ():
                 probs = self.mask_probs(encoded, n, part, sizes[n], output_sizes[n])
                 masks.append(probs > 0.5)
                 foreground = (probs * masks[-1]).sum((1, 2))
                 means.append(foreground / masks[-1].sum((1, 2)).clamp(min=1))
-            if self.mode == "boxteacher":
+            if self.cfg.mode == "boxteacher":
                 scores = (scores * torch.cat(means)).sqrt()
-            empty = torch.zeros(0, *output_sizes[n], dtype=torch.bool, device=boxes.device)
-            results.append(
-                Instances(boxes, scores, found.labels[keep], torch.cat(masks) if masks else empty)
-            )
+            results.append(Instances(boxes, scores, found.labels[is_box], torch.cat(masks)))
         return results
 
     def detect(self, encoded: Encoded) -> list[fcos.Detections]:
-        return fcos.detect(encoded.predictions, encoded.locations, **self.detect_options)
+        limit = self.cfg.max_detections
+        return fcos.detect(encoded.predictions, encoded.locations, max_detections=limit)
 
     def mask_probs(
-        self,
-        encoded: Encoded,
-        image: int,
-        index: Tensor,
-        size: tuple[int, int],
-        output_size: tuple[int, int],
+        self, encoded: Encoded, n: int, index: Tensor, size: Size, output_size: Size
     ) -> Tensor:
-        """Mask probabilities [D, h, w] at full resolution of one image's locations index [D]."""
+        """Mask probabilities [D, h, w] of image n's locations index [D], in full resolution: of
+        the network's input without its padding (`size`), resized to `output_size`."""
         predictions = encoded.predictions
-        one = slice(image, image + 1)
-        features = [f[one] for f in predictions.box_features]
+        features = [feature[n : n + 1] for feature in predictions.box_features]
         alone = encoded._replace(
             predictions=predictions._replace(box_features=features),
-            mask_features=encoded.mask_features[one],
+            mask_features=encoded.mask_features[n : n + 1],
         )
         probs = aligned_upsample(self.mask_logits_s4(alone, index[None]).sigmoid(), 4)
         probs = probs[:, :, : size[0], : size[1]]
@@ -262,66 +295,15 @@ class CondInst(nn.Module):
             probs = F.interpolate(probs, size=output_size, mode="bilinear", align_corners=False)
         return probs[0]
 
-    @torch.no_grad()
-    def make_pseudo_masks(
-        self,
-        batch: Batch,
-        short_side: int = 800,
-        long_side: int = 1333,
-        mask_threshold: float = 0.5,
-        iou_threshold: float = 0.5,
-        score_threshold: float = 0.0,
-        published: bool = False,
-    ) -> PseudoMasks:
-        """The teacher's step (BoxTeacher): detect on the plain images, score the masks, assign
-        them to the boxes. Called in train mode: the mask branch uses the batch's statistics.
 
-        Images are resized to `short_side` (at most `long_side`); short_side 0 keeps the student's
-        size. Masks are made only for detections whose IoU with some box reaches the threshold: the
-        others cannot be assigned. `published`: scores and assignment as in the published code.
-        """
-        num_images, num_boxes = batch.valid.shape
-        rows, columns = batch.images.shape[-2] // 4, batch.images.shape[-1] // 4
-        pseudo = PseudoMasks(
-            batch.valid.new_zeros(num_images, num_boxes, rows, columns),
-            batch.boxes.new_zeros(num_images, num_boxes),
-        )
-        normalized, sizes = self.normalize(batch.images, batch.sizes), batch.sizes
-        if short_side:
-            normalized, sizes = resize_images(normalized, sizes, short_side, long_side)
-        encoded = self.encode(normalized)
-        for n, found in enumerate(self.detect(encoded)):
-            size = batch.sizes[n]
-            boxes, is_box = fit_boxes(found.boxes, sizes[n], size)
-            ious = box_iou(boxes, batch.boxes[n]).masked_fill(~batch.valid[n], -1)
-            is_useful = (ious >= iou_threshold).any(1)
-            if not is_useful.any():
-                continue
-            if published:  # its first detection is a special case, so it must remain the first
-                is_useful[is_box.int().argmax()] = True
-            boxes, scores, ious = boxes[is_useful], found.scores[is_useful], ious[is_useful]
-            index = found.location_index[is_useful]
-            probs = self.mask_probs(encoded, n, index, sizes[n], size)
-            inside = losses.box_masks(boxes, *size, stride=1)
-            order = trust = mask_aware_scores(probs, scores, inside, mask_threshold)
-            if published:
-                order, trust = published_scores(probs, scores, mask_threshold)
-            assigned = assign_to_boxes(ious, order, iou_threshold, score_threshold, published)
-            has_mask = (assigned >= 0).to(boxes.device)
-            assigned = assigned.to(boxes.device).clamp(min=0)
-            sampled = (probs[:, 2::4, 2::4] > mask_threshold)[assigned] & has_mask[:, None, None]
-            pseudo.masks[n, :, : sampled.shape[1], : sampled.shape[2]] = sampled
-            pseudo.weights[n] = torch.where(has_mask, trust[assigned], 0.0)
-        return pseudo._replace(masks=pseudo.masks & losses.box_masks(batch.boxes, rows, columns))
+# --- the losses, in the order of the story: FCOS, CondInst, BoxInst, BoxTeacher -------------------
 
 
-def detection_loss_sums(
-    predictions: fcos.Predictions, targets: fcos.Targets
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Sums of FCOS's three losses over all locations, and what each is to be divided by."""
+def detection_losses(predictions: fcos.Predictions, targets: fcos.Targets) -> LossSums:
+    """FCOS (arXiv 1904.01355, section 3): class, box and centerness, over all locations."""
 
-    def of_positives(x: Tensor) -> Tensor:
-        return torch.where(targets.is_positive, x, 0.0)
+    def total(per_location: Tensor) -> Tensor:
+        return torch.where(targets.is_positive, per_location, 0.0).sum()
 
     centerness = losses.centerness_targets(targets.distances)
     giou = losses.giou_loss(predictions.distances, targets.distances)
@@ -329,23 +311,80 @@ def detection_loss_sums(
         predictions.centerness_logits, centerness, reduction="none"
     )
     num_positive = targets.is_positive.sum()
-    sums = {
-        "class": losses.focal_loss(predictions.class_logits, targets.labels).sum(),
-        "box": of_positives(centerness * giou).sum(),
-        "centerness": of_positives(bce).sum(),
+    return {
+        "class": (losses.focal_loss(predictions.class_logits, targets.labels).sum(), num_positive),
+        "box": (total(centerness * giou), total(centerness)),
+        "centerness": (total(bce), num_positive),
     }
-    norms = {
-        "class": num_positive,
-        "box": of_positives(centerness).sum(),
-        "centerness": num_positive,
-    }
-    return sums, norms
 
 
-def fit_boxes(
-    boxes: Tensor, size: tuple[int, int], output_size: tuple[int, int]
-) -> tuple[Tensor, Tensor]:
-    """Boxes [D, 4] scaled from one (height, width) to another and clipped; which are not empty."""
+def condinst_losses(sampled: Sampled, true_masks: Tensor) -> LossSums:
+    """CondInst (arXiv 2003.05664): dice against true masks, bool [N, G, H4, W4]."""
+    true_masks = sampled.of_boxes(true_masks).to(sampled.probs.dtype)
+    dice = losses.dice_loss(sampled.probs, true_masks)
+    return {"mask": (sampled.total(dice), sampled.is_real.sum())}
+
+
+def boxinst_losses(sampled: Sampled, inside_box: Tensor, color_edges: Tensor) -> LossSums:
+    """BoxInst (arXiv 2012.02310): a mask has its box's projections, and pixels of similar color
+    have the same label. inside_box bool [N, K, H4, W4], color_edges bool [N, 8, H4, W4]."""
+    projection = losses.projection_loss(sampled.probs, inside_box.to(sampled.probs.dtype))
+    pairwise, weight = losses.color_pairwise_sums(sampled.logits, color_edges, inside_box)
+    return {
+        "projection": (sampled.total(projection), sampled.is_real.sum()),
+        "pairwise": (sampled.total(pairwise), sampled.total(weight)),
+    }
+
+
+def pseudo_losses(
+    sampled: Sampled,
+    inside_box: Tensor,
+    inside_image: Tensor,
+    pseudo: PseudoMasks,
+    affinity_threshold: float,
+) -> LossSums:
+    """BoxTeacher (arXiv 2210.05174, section 3.3): the noise-aware pixel loss and the noise-reduced
+    affinity loss against pseudo masks, each weighted by its mask's score."""
+    trust = sampled.of_boxes(pseudo.weights)  # [N, K]
+    masks = sampled.of_boxes(pseudo.masks).to(sampled.probs.dtype)
+    dice = losses.dice_loss(sampled.probs, masks)
+    affinity = losses.affinity_loss(
+        sampled.logits, masks, inside_box, inside_image, affinity_threshold
+    )
+    num_trusted = (sampled.is_real & (trust > 0)).sum()
+    return {
+        "pseudo_mask": (sampled.total(trust * dice), num_trusted),
+        "pseudo_affinity": (sampled.total(trust * affinity), num_trusted),
+    }
+
+
+@torch.no_grad()
+def pseudo_mask_metrics(pseudo: PseudoMasks, batch: Batch) -> dict[str, Tensor]:
+    """How many boxes have a pseudo mask, how far these are trusted and, where true masks exist, how
+    right they are (mean IoU on the stride-4 grid). Fractions [2], which can be summed over ranks.
+    """
+    has_pseudo = (pseudo.weights > 0) & batch.valid
+    count = has_pseudo.sum()
+    num_images = torch.full_like(count, len(batch.sizes))
+    fractions = {
+        "pseudo_masks_per_image": (count, num_images),
+        "pseudo_masks_share": (count, batch.valid.sum()),
+        "mask_aware_score": (pseudo.weights.sum(), count),
+    }
+    if batch.masks is not None:
+        both = (pseudo.masks & batch.masks).sum((2, 3))
+        either = (pseudo.masks | batch.masks).sum((2, 3)).clamp(min=1)
+        is_known = has_pseudo & batch.has_mask
+        iou = torch.where(is_known, both / either, 0.0).sum()
+        fractions["pseudo_mask_iou"] = (iou, is_known.sum())
+    return {name: torch.stack([a.float(), b.float()]) for name, (a, b) in fractions.items()}
+
+
+# --- sizes ----------------------------------------------------------------------------------------
+
+
+def fit_boxes(boxes: Tensor, size: Size, output_size: Size) -> tuple[Tensor, Tensor]:
+    """Boxes [D, 4] scaled from one size to another and clipped; which of them are not empty."""
     scale_y, scale_x = output_size[0] / size[0], output_size[1] / size[1]
     boxes = boxes * boxes.new_tensor([scale_x, scale_y, scale_x, scale_y])
     boxes = clip_boxes_to_image(boxes, output_size)
@@ -353,9 +392,9 @@ def fit_boxes(
 
 
 def resize_images(
-    images: Tensor, sizes: Sequence[tuple[int, int]], short_side: int, long_side: int
-) -> tuple[Tensor, list[tuple[int, int]]]:
-    """Normalized images [N, 3, H, W] resized bilinearly, without antialiasing, and padded anew with
+    images: Tensor, sizes: Sequence[Size], short_side: int, long_side: int
+) -> tuple[Tensor, list[Size]]:
+    """Normalized images [N, 3, h, w] resized bilinearly, without antialiasing, and padded anew with
     0 to multiples of 32. Returns them and their new sizes.
     """
     new_sizes = [resized_size(height, width, short_side, long_side) for height, width in sizes]
@@ -367,52 +406,26 @@ def resize_images(
     return resized, new_sizes
 
 
-def build_model(cfg: Config, num_classes: int, load_pretrained: bool = True) -> CondInst:
-    """The one place where a configuration becomes modules. `load_pretrained=False` leaves out
-    ImageNet weights (for a checkpoint to come).
-    """
-    state_dict = None
-    if load_pretrained and (cfg.pretrained or cfg.backbone_weights):
-        state_dict = pretrained_state_dict(cfg.backbone, cfg.backbone_weights, read_backbone)
+# --- building -------------------------------------------------------------------------------------
+
+
+def build_model(cfg: Config, num_classes: int) -> CondInst:
+    """The network of a configuration, with random weights."""
     if cfg.backbone in SWINS:
-        body = Swin(cfg.backbone, cfg.freeze_at, state_dict, cfg.drop_path)
+        body = Swin(cfg.backbone, cfg.freeze_at)
     else:
-        variant = (cfg.stride_in_1x1, cfg.deformable)
-        body = ResNet(cfg.backbone, cfg.norm, cfg.freeze_at, state_dict, *variant)
-    dynamic = num_dynamic_params(cfg.mask_channels)
-    return CondInst(
-        Backbone(body, cfg.fpn_channels),
-        fcos.FCOSHead(num_classes, cfg.fpn_channels, cfg.tower_convs, dynamic),
-        MaskBranch(
-            cfg.fpn_channels,
-            cfg.mask_branch_channels,
-            cfg.mask_channels,
-            cfg.mask_branch_convs,
-            NORMS[cfg.mask_norm],
-        ),
-        mode=cfg.mode,
-        loss_weights={
-            "class": cfg.class_weight,
-            "box": cfg.box_weight,
-            "centerness": cfg.centerness_weight,
-            "mask": cfg.mask_weight,
-            "projection": cfg.projection_weight,
-            "pairwise": cfg.pairwise_weight,
-            "pseudo_mask": cfg.pseudo_mask_weight,
-            "pseudo_affinity": cfg.pseudo_affinity_weight,
-        },
-        color_threshold=cfg.color_threshold,
-        affinity_threshold=cfg.affinity_threshold,
-        max_mask_locations=cfg.max_mask_locations,
-        size_unit=cfg.size_unit,
-        detect_options={
-            "pre_nms_threshold": cfg.pre_nms_threshold,
-            "pre_nms_top": cfg.pre_nms_top,
-            "nms_threshold": cfg.nms_threshold,
-            "max_detections": cfg.max_detections,
-        },
-        pixel_format=cfg.pixel_format,
+        body = ResNet(cfg.backbone, cfg.norm, cfg.freeze_at, cfg.stride_in_1x1, cfg.deformable)
+    backbone = Backbone(body, cfg.fpn_channels)
+    num_dynamic = num_dynamic_params(cfg.mask_channels)
+    head = fcos.FCOSHead(num_classes, cfg.fpn_channels, cfg.tower_convs, num_dynamic)
+    mask_branch = MaskBranch(
+        cfg.fpn_channels,
+        cfg.mask_branch_channels,
+        cfg.mask_channels,
+        cfg.mask_branch_convs,
+        NORMS[cfg.mask_norm],
     )
+    return CondInst(backbone, head, mask_branch, cfg)
 
 
 def make_teacher(student: CondInst) -> CondInst:

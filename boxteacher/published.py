@@ -21,12 +21,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torchvision.ops import box_iou
 
 from .checkpoint import FORMAT, CheckpointError, load_checkpoint, load_weights, save_checkpoint
 from .command_line import read_options
 from .config import Config, ConfigError
 from .errors import UserError, run
+from .data import Batch
+from .fcos import Detections
+from .model import CondInst, Encoded, Size, build_model, fit_boxes
 from .presets import from_preset
+from .pseudo_labels import take_assigned
 
 
 class PublishedError(UserError):
@@ -367,6 +372,48 @@ def _numpy_globals() -> list[Any]:
     return types + [pair for pair in named if not pair[1].startswith(("_codecs", "collections"))]
 
 
+# --- pseudo masks as the published code makes them ------------------------------------------------
+
+
+def label_boxes_as_published(
+    teacher: CondInst,
+    encoded: Encoded,
+    n: int,
+    found: Detections,
+    seen_size: Size,
+    batch: Batch,
+) -> tuple[Tensor, Tensor] | None:
+    """`CondInst.label_boxes` as in the published code, to compare numbers with (published_score).
+
+        mean = Σ 1(m > tau) m / Σ 1(m > tau), over the whole mask
+        order = sqrt(c * mean);   weight = sqrt(sqrt(c) * mean)
+
+    The last of equal IoUs wins. A box that the first detection took can be taken once more.
+    """
+    cfg, size = teacher.cfg, batch.sizes[n]
+    boxes, is_box = fit_boxes(found.boxes, seen_size, size)
+    if not is_box.any():
+        return None
+    ious = box_iou(boxes[is_box], batch.boxes[n]).masked_fill(~batch.valid[n], -1)
+    probs = teacher.mask_probs(encoded, n, found.location_index[is_box], seen_size, size)
+    is_foreground = probs > cfg.mask_threshold
+    mean = (probs * is_foreground).sum((1, 2)) / is_foreground.sum((1, 2)).clamp(min=1)
+    scores = found.scores[is_box]
+    order, weights = (scores * mean).sqrt(), (scores.sqrt() * mean).sqrt()
+
+    assigned = [-1] * ious.shape[1]
+    free = list(reversed(range(ious.shape[1])))  # max() takes the first of equals
+    for detection in order.argsort(descending=True, stable=True).tolist():
+        if order[detection] < cfg.score_threshold or not free:
+            break
+        box = max(free, key=ious[detection].tolist().__getitem__)
+        if ious[detection, box] >= cfg.iou_threshold:
+            assigned[box] = detection
+            if detection != 0:
+                free.remove(box)
+    return take_assigned(is_foreground[:, 2::4, 2::4], weights, torch.tensor(assigned))
+
+
 # --- published checkpoints ------------------------------------------------------------------------
 
 
@@ -447,6 +494,8 @@ def load_initial_weights(model: nn.Module, config: Config) -> None:
     student; ours, or a published one. All of it has to fit, the number of classes included, and the
     variant of the backbone, which does not show in the shapes."""
     path = config.init
+    if not path:
+        return
     try:
         content = read_file(path)
         if content.get("format") == FORMAT:
@@ -469,8 +518,6 @@ def load_initial_weights(model: nn.Module, config: Config) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    from .model import build_model  # it imports this file
-
     if len(argv) < 2 or argv[0].startswith("-") or argv[1].startswith("-"):
         raise ConfigError("usage: python -m boxteacher.checkpoint IN OUT [--preset NAME]")
     source, target, given = argv[0], argv[1], read_options(argv[2:])

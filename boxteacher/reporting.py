@@ -16,47 +16,25 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import distributed
-from .data import Batch, CocoDataset, collate
-from .model import CondInst, PseudoMasks
+from .config import Config
+from .data import CocoDataset, collate
+from .model import CondInst, Instances
 from .visualize import contact_sheet, draw_instances
 
 
-@torch.no_grad()
-def pseudo_mask_figures(pseudo: PseudoMasks, batch: Batch) -> dict[str, Tensor]:
-    """The flywheel in numbers: how many boxes have a pseudo mask, how far they are trusted, and,
-    where true masks exist, how right they are (mean IoU on the stride-4 grid). Each figure is a
-    fraction [2], so that it can be summed over ranks.
-    """
-    has_pseudo = (pseudo.weights > 0) & batch.valid
-    count = has_pseudo.sum()
-    number = torch.full_like(count, len(batch.sizes))
-    fractions = {
-        "pseudo_masks_per_image": (count, number),
-        "pseudo_masks_share": (count, batch.valid.sum()),
-        "mask_aware_score": (pseudo.weights.sum(), count),
-    }
-    if batch.masks is not None:
-        both = (pseudo.masks & batch.masks).sum((2, 3))
-        either = (pseudo.masks | batch.masks).sum((2, 3)).clamp(min=1)
-        is_known = has_pseudo & batch.has_mask
-        iou = torch.where(is_known, both / either, 0.0).sum()
-        fractions["pseudo_mask_iou"] = (iou, is_known.sum())
-    return {name: torch.stack([a.float(), b.float()]) for name, (a, b) in fractions.items()}
-
-
 class RunLog:
-    """Progress on the terminal and in metrics.jsonl, by rank 0: one line every `every` steps, one
-    per evaluation.
+    """Progress on the terminal and in metrics.jsonl, by rank 0: one line for each step that is
+    logged and for each evaluation.
     """
 
-    def __init__(self, path: Path, start: int, steps: int, every: int, batch_size: int) -> None:
-        self.every, self.batch_size = every, batch_size
+    def __init__(self, path: Path, cfg: Config, start: int) -> None:
+        self.batch_size = cfg.batch_size
         self.path = path if distributed.is_main() else None
-        if self.path and path.exists():  # what an interrupted run wrote after its checkpoint
+        if self.path and path.exists():  # drop what an interrupted run wrote after its checkpoint
             lines = path.read_text().splitlines(keepends=True)
             path.write_text("".join(x for x in lines if start and json.loads(x)["step"] <= start))
         self.bar = tqdm(
-            total=steps,
+            total=cfg.steps,
             initial=start,
             unit="step",
             dynamic_ncols=True,
@@ -65,30 +43,25 @@ class RunLog:
         )
         self.started, self.since = time.perf_counter(), start
 
-    def wants(self, step: int) -> bool:
-        return (step + 1) % self.every == 0 or step + 1 == self.bar.total
-
     def step(
-        self, step: int, lr: float, losses: Mapping[str, Tensor], figures: Mapping[str, Tensor]
+        self, step: int, lr: float, losses: Mapping[str, Tensor], metrics: Mapping[str, Tensor]
     ) -> None:
-        """Write one line. Losses are means over ranks, figures fractions [2] of sums over ranks."""
+        """Write the line of the `step`th step. Losses become means over ranks; metrics are
+        fractions [2], summed over ranks before they are divided."""
         means = distributed.reduce_mean(torch.stack(list(losses.values())).float()).tolist()
         values = dict(zip(losses, means, strict=True))
-        if figures:
-            sums = distributed.reduce_mean(torch.stack(list(figures.values())).float()).tolist()
-            for name, (above, below) in zip(figures, sums, strict=True):
+        total = sum(means)
+        if metrics:
+            sums = distributed.reduce_mean(torch.stack(list(metrics.values())).float()).tolist()
+            for name, (above, below) in zip(metrics, sums, strict=True):
                 values[name] = above / below if below else math.nan
         seconds = time.perf_counter() - self.started
-        images_per_s = (step + 1 - self.since) * self.batch_size / seconds
-        total = sum(values[name] for name in losses)
-        self.bar.n = step + 1
+        images_per_s = (step - self.since) * self.batch_size / seconds
+        self.bar.n = step
         shown = {"loss": f"{total:.3f}", "lr": f"{lr:.2g}", "images/s": f"{images_per_s:.1f}"}
-        shown |= {name: f"{values[name]:.2f}" for name in losses}
-        self.bar.set_postfix(shown)
-        self._write(
-            {"step": step + 1, "lr": lr, "images_per_s": images_per_s, "loss": total} | values
-        )
-        self.started, self.since = time.perf_counter(), step + 1
+        self.bar.set_postfix(shown | {name: f"{values[name]:.2f}" for name in losses})
+        self._write({"step": step, "lr": lr, "images_per_s": images_per_s, "loss": total} | values)
+        self.started, self.since = time.perf_counter(), step
 
     def evaluation(self, step: int, tables: Mapping[str, Any], seconds: float) -> None:
         self._write({"step": step, "evaluation": tables, "evaluation_s": seconds})
@@ -114,16 +87,34 @@ def _json_value(value: Any) -> Any:
     return value
 
 
+def final_summary(cfg: Config, out: Path, tables: dict[str, Any], minutes: float) -> str:
+    """What a finished run prints last: its result, what the numbers mean, where the files are."""
+    kind, table = ("mask", tables["segm"]) if "segm" in tables else ("box", tables["bbox"])
+    ap, ap50 = (f"{table[k]:.1f}" if table[k] is not None else "-" for k in ("AP", "AP50"))
+    source = "boxes and masks" if cfg.mode == "condinst" else "boxes alone"
+    who = "teacher" if cfg.mode == "boxteacher" else "model"
+    return f"""
+{cfg.mode} learned from {source} in {minutes:.1f} min: {kind} AP {ap}, AP50 {ap50} on images that
+it has not seen. AP, 0 to 100, is the mean precision over recalls, classes and {kind} IoU thresholds
+from 0.50 to 0.95. AP50 is the precision at the IoU threshold 0.50.
+  {out / "contact_sheet.png"}: boxes, pseudo masks, predictions, truth
+  {out / "last.pt"}: weights; tables again: python evaluate.py --checkpoint {out / "last.pt"}
+  {out / "results.json"}: the {who}'s predictions in COCO's format
+  {out / "metrics.jsonl"}: losses and metrics over time
+  {out / "config.json"}: the whole configuration"""
+
+
 @torch.no_grad()
 def make_contact_sheet(
     model: CondInst, dataset: CocoDataset, device: torch.device, rows: int = 6
 ) -> Image.Image:
     """The first images with objects in four columns: boxes; the pseudo masks that the model makes
     of these boxes (opacity = mask-aware score); its sure predictions; the true masks, where
-    there are any.
+    there are any. Pseudo masks are made as in training, but at the size of the test images.
     """
     titles = ["image and boxes", "pseudo masks", "predictions", "truth"]
-    sure_score = 0.65 if model.mode == "boxteacher" else 0.5  # rescored by masks, scores are higher
+    # scores that masks have rescored are higher
+    sure_score = 0.65 if model.cfg.mode == "boxteacher" else 0.5
     was_training = model.training
     model.eval()
     pictures = []
@@ -131,31 +122,26 @@ def make_contact_sheet(
         if len(pictures) == rows:
             break
         batch = collate([dataset[index]]).to(device)
-        image, (height, width) = (
-            batch.images[0, :, : batch.sizes[0][0], : batch.sizes[0][1]],
-            batch.sizes[0],
-        )
         valid = batch.valid[0]
         boxes, labels = batch.boxes[0, valid], batch.labels[0, valid]
         if not len(boxes):
             continue
-        pseudo = model.make_pseudo_masks(batch, short_side=0)
+        pseudo = model.make_pseudo_masks(batch, resize=False)
         found = model.predict(batch.images, batch.sizes, batch.sizes)[0]
-        sure = found.scores > sure_score
+        is_sure = found.scores > sure_score
+        height, width = batch.sizes[0]
+        image = batch.images[0, :, :height, :width]
         crop = (slice(None), slice(0, -(-height // 4)), slice(0, -(-width // 4)))
+        pseudo_masks, opacity = pseudo.masks[0, valid][crop], pseudo.weights[0, valid]
         truth = batch.masks[0, valid][crop] if batch.masks is not None else None
 
         draw = partial(draw_instances, image, class_names=dataset.class_names, side=384)
+        sure = Instances(*(part[is_sure] for part in found))
         pictures.append(
             [
                 draw(boxes, None, labels),
-                draw(None, pseudo.masks[0, valid][crop], labels, opacity=pseudo.weights[0, valid]),
-                draw(
-                    found.boxes[sure],
-                    found.masks[sure],
-                    found.labels[sure],
-                    scores=found.scores[sure],
-                ),
+                draw(None, pseudo_masks, labels, opacity=opacity),
+                draw(sure.boxes, sure.masks, sure.labels, scores=sure.scores),
                 draw(None, truth, labels),
             ]
         )

@@ -174,7 +174,7 @@ def test_drop_path_grows_from_zero_and_spares_frozen_stages():
 
 def test_the_teacher_has_no_drop_path_in_train_mode():
     cfg = Config(backbone="swin_t", mask_norm="gn", drop_path=0.9)
-    student = build_model(cfg, 2, load_pretrained=False).train()
+    student = build_model(cfg, 2).train()
     teacher = make_teacher(student).train()
     assert max(drop_rates(student)) == 0.9
     assert not any(drop_rates(teacher))
@@ -195,7 +195,7 @@ def test_pixels():
     image[:, :, 20:] = image[:, :, :, 50:] = 0
     for pixel_format, order in (("rgb", [0, 1, 2]), ("bgr", [2, 1, 0])):
         cfg = Config(backbone="resnet18", pixel_format=pixel_format)
-        model = build_model(cfg, 2, load_pretrained=False)
+        model = build_model(cfg, 2)
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in PIXELS[pixel_format])
         expected = (image[:, order] - mean) / std
         expected[:, :, 20:] = expected[:, :, :, 50:] = 0
@@ -203,7 +203,7 @@ def test_pixels():
 
 
 def test_weight_decay_can_spare_norms_biases_and_position_tables():
-    model = build_model(Config(backbone="swin_t"), 2, load_pretrained=False)
+    model = build_model(Config(backbone="swin_t"), 2)
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     (everything,) = parameter_groups(model, norm_decay=True)
     assert {id(p) for p in everything["params"]} == trained

@@ -69,7 +69,7 @@ def test_there_are_boxes_and_pseudo_masks_to_learn_from(teacher_size):
     batch = benchmark.make_batch(cfg, state.teacher, 96, 128, 5, torch.device("cpu"))
     assert batch.images.shape == (2, 3, 96, 128)
     assert batch.valid.sum(1).tolist() == [5, 5]
-    pseudo = state.teacher.make_pseudo_masks(batch, teacher_size, 1333)
+    pseudo = state.teacher.make_pseudo_masks(batch)
     assert (pseudo.weights > 0)[batch.valid].float().mean() > 0.5
 
 

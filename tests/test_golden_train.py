@@ -6,6 +6,7 @@ norms to 2e-5: a ReLU or maximum within rounding of its edge may fall on the oth
 
 import dataclasses
 import functools
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +19,8 @@ from boxteacher import fcos
 from boxteacher.data import Batch
 from boxteacher.losses import box_masks
 from boxteacher.model import fit_boxes, make_teacher
-from boxteacher.published import to_published
+from boxteacher.pseudo_labels import mask_aware_scores
+from boxteacher.published import label_boxes_as_published, to_published
 from boxteacher.transforms import resized_size
 
 VARIANTS = {"b": "boxteacher", "c2": "boxinst", "d": "condinst"}
@@ -94,10 +96,12 @@ def run_step(variant: str) -> SimpleNamespace:
     images, pseudo, teacher, detections = batch.images, None, None, []
     if mode == "boxteacher":
         teacher = make_teacher(synthetic_model(mode, "r50", "teacher")).double().train()
+        size = dict(zip(("teacher_size", "test_max_size"), TEACHER_SIZE, strict=True))
+        teacher.cfg = dataclasses.replace(teacher.cfg, **size)
         remember_encoding(teacher)
         detect = teacher.detect
         teacher.detect = lambda encoded: detections.extend(detect(encoded)) or detections
-        pseudo = teacher.make_pseudo_masks(batch, *TEACHER_SIZE)
+        pseudo = teacher.make_pseudo_masks(batch)
         images = pad([recolor(image) for image in training_images()])
 
     chosen = {}
@@ -222,19 +226,26 @@ def assert_pseudo_masks(pseudo, golden, variant):
 
 
 @SOURCES
+@torch.no_grad()
 def test_detections_of_the_teacher(source):
-    """On resized images, in the coordinates of the plain ones."""
+    """On resized images, in the coordinates of the plain ones, with their mask-aware scores."""
     golden, step = golden_step(source), run_step("b")
+    encoded = step.teacher.encode(None)
     for n, found in enumerate(step.detections):
         size = step.batch.sizes[n]
         resized = resized_size(*size, *TEACHER_SIZE)
         boxes, is_box = fit_boxes(found.boxes, resized, size)
-        boxes, labels, scores = boxes[is_box], found.labels[is_box], found.scores[is_box]
         wanted = {k: golden[f"b/im{n}/det_{k}"] for k in ("boxes", "classes", "scores")}
-        index = match(boxes, labels, wanted["boxes"], wanted["classes"])
+        index = match(boxes[is_box], found.labels[is_box], wanted["boxes"], wanted["classes"])
+        index = is_box.nonzero().flatten()[index]
         expected = torch.from_numpy(wanted["boxes"]).double()
         torch.testing.assert_close(boxes[index].double(), expected, atol=1e-4, rtol=0)
-        print((scores[index].double() - torch.from_numpy(wanted["scores"])).abs().max())
+
+        probs = step.teacher.mask_probs(encoded, n, found.location_index[index], resized, size)
+        inside = box_masks(boxes[index], *size, stride=1)
+        scores = mask_aware_scores(probs, found.scores[index], inside)
+        expected = torch.from_numpy(wanted["scores"]).double()
+        torch.testing.assert_close(scores.double(), expected, atol=1e-6, rtol=0)
 
 
 @SOURCES
@@ -244,9 +255,12 @@ def test_pseudo_masks(source):
 
 @SOURCES
 def test_pseudo_masks_of_the_published_code(source):
-    """Variant a: with the switch published_score; what comes before it is variant b's."""
+    """Variant a: as with published_score; what comes before it is variant b's."""
     golden, step = golden_step(source), run_step("b")
-    pseudo = step.teacher.make_pseudo_masks(step.batch, *TEACHER_SIZE, published=True)
+    teacher = step.teacher
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(teacher, "label_boxes", partial(label_boxes_as_published, teacher))
+        pseudo = teacher.make_pseudo_masks(step.batch)
     assert_pseudo_masks(pseudo, golden, "a")
     with torch.no_grad():
         losses, _ = step.model(step.images, step.batch, WEAK_FACTOR, pseudo)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torchvision.ops import box_iou
 
 from boxteacher import fcos, losses
+from boxteacher.config import Config
 from boxteacher.data import Batch
 from boxteacher.mask_head import aligned_upsample, dynamic_mask_logits
 from boxteacher.model import PseudoMasks, build_model, fit_boxes
@@ -39,7 +40,7 @@ NAMES = {
 def tiny_config(mode="boxteacher", **changes):
     """A network of a second's training. Group norm: no image of a batch depends on the others."""
     small = dict(fpn_channels=64, tower_convs=1, mask_branch_channels=16, mask_branch_convs=1)
-    small |= dict(size_unit=64, backbone="resnet18")
+    small |= dict(size_unit=64, backbone="resnet18", teacher_size=0)
     return from_preset(
         "shapes", **({"mode": mode, "norm": "gn", "mask_norm": "gn"} | small | changes)
     )
@@ -57,6 +58,12 @@ def make_model(mode="boxteacher", **changes):
         model.head.controller.weight.normal_(std=0.03)
         model.head.controller.bias.normal_(std=0.4)[-1] = 1.0  # more foreground than background
     return model.train()
+
+
+def configure(model, **changes):
+    """Other options for a model that exists."""
+    model.cfg = dataclasses.replace(model.cfg, **changes)
+    return model
 
 
 def make_batch(which=(0, 1, 2), side=64) -> Batch:
@@ -143,7 +150,7 @@ def mask_logits_at(model, encoded, image, location):
         encoded.mask_features[image][None],
         dense[image, location][None, None],
         xy[None, None],
-        model.size_unit / 8 * stride[None, None],
+        model.cfg.size_unit / 8 * stride[None, None],
     )
     return aligned_upsample(logits_s8, 2)[0, 0]
 
@@ -171,7 +178,10 @@ def slow_losses(model, batch, weak_factor, pseudo):
     """SPEC sections 1, 3 and 5, image by image and instance by instance, unpadded boxes."""
     encoded = model.encode(model.normalize(batch.images, batch.sizes))
     logits, distances, centerness, _ = encoded.predictions
-    sums, counts = dict.fromkeys(NAMES[model.mode], 0.0), dict.fromkeys(NAMES[model.mode], 0.0)
+    sums, counts = (
+        dict.fromkeys(NAMES[model.cfg.mode], 0.0),
+        dict.fromkeys(NAMES[model.cfg.mode], 0.0),
+    )
     for n, (height, width) in enumerate(batch.sizes):
         boxes = batch.boxes[n][batch.valid[n]]
         positives = positives_of(encoded.locations, boxes.tolist())
@@ -206,8 +216,8 @@ def slow_losses(model, batch, weak_factor, pseudo):
                 counts[name] += count
 
         sampled = list(positives)
-        if model.mode != "condinst":
-            quota = max(model.max_mask_locations // max(len(set(positives.values())), 1), 1)
+        if model.cfg.mode != "condinst":
+            quota = max(model.cfg.max_mask_locations // max(len(set(positives.values())), 1), 1)
             quality = logits[n].max(-1).values.sigmoid() * centerness[n].sigmoid()
             sampled = []
             for g in set(positives.values()):
@@ -223,7 +233,7 @@ def slow_losses(model, batch, weak_factor, pseudo):
         for p in sampled:
             g = positives[p]
             m = mask_logits_at(model, encoded, n, p).double().sigmoid()
-            if model.mode == "condinst":
+            if model.cfg.mode == "condinst":
                 sums["mask"] = sums["mask"] + dice(m, batch.masks[n, g].float())
                 counts["mask"] += 1
                 continue
@@ -239,7 +249,7 @@ def slow_losses(model, batch, weak_factor, pseudo):
                 alike = (
                     -(lab[(slice(None), *here)] - lab[(slice(None), *there)]).norm(dim=0) / 2
                 ).exp() * inside[there]
-                weight = (alike >= model.color_threshold) * box[here]
+                weight = (alike >= model.cfg.color_threshold) * box[here]
                 sums["pairwise"] = sums["pairwise"] + (weight * pair_term(m, here, there)).sum()
                 counts["pairwise"] += weight.sum().item()
             if pseudo is None or pseudo.weights[n, g] == 0:
@@ -257,19 +267,19 @@ def slow_losses(model, batch, weak_factor, pseudo):
             for name in ("pseudo_mask", "pseudo_affinity"):
                 counts[name] += 1
     weak = dict.fromkeys(("pairwise", "pseudo_mask", "pseudo_affinity"), weak_factor)
+    weak["pairwise"] *= model.cfg.pairwise_weight
+    weak["pseudo_mask"] *= model.cfg.pseudo_mask_weight
+    weak["pseudo_affinity"] *= model.cfg.pseudo_affinity_weight
     floor = {"box": 1e-6}
     return {
-        name: model.loss_weights[name]
-        * weak.get(name, 1)
-        * value
-        / max(counts[name], floor.get(name, 1))
+        name: weak.get(name, 1) * value / max(counts[name], floor.get(name, 1))
         for name, value in sums.items()
     }
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_losses_are_those_of_a_slow_recomputation(mode):
-    changes = {"projection_weight": 0.7, "box_weight": 1.3, "mask_weight": 2.0}
+    changes = dict(pairwise_weight=0.7, pseudo_mask_weight=1.3, pseudo_affinity_weight=2.0)
     if mode != "condinst":  # less than there are positives, so that the choice counts
         changes["max_mask_locations"] = 9
     model, batch = make_model(mode, **changes), make_batch()
@@ -283,9 +293,9 @@ def test_losses_are_those_of_a_slow_recomputation(mode):
 
 
 def test_the_published_weights_stand_in_the_configuration():
-    weights = build_model(tiny_config(), 3).loss_weights
-    assert (weights.pop("pseudo_mask"), weights.pop("pseudo_affinity")) == (0.5, 0.1)
-    assert set(weights.values()) == {1.0}
+    cfg = Config()
+    weights = (cfg.pairwise_weight, cfg.pseudo_mask_weight, cfg.pseudo_affinity_weight)
+    assert weights == (1.0, 0.5, 0.1)
 
 
 def test_without_pseudo_masks_boxteacher_has_the_losses_of_boxinst():
@@ -327,13 +337,13 @@ def test_true_masks_never_reach_the_losses_of_boxes(mode):
     for variant in variants:
         model = make_model(mode)
         torch.manual_seed(3)
-        pseudo = model.make_pseudo_masks(variant, 0) if mode == "boxteacher" else None
+        pseudo = model.make_pseudo_masks(variant) if mode == "boxteacher" else None
         values, figures = model(variant.images, variant, 1.0, pseudo)
         results.append((values, figures, gradients(model, values)))
     for values, figures, grads in results[1:]:
         assert values == results[0][0]
-        for name, figure in figures.items():
-            assert torch.equal(figure, results[0][1][name])
+        for name in figures.keys() - {"pseudo_mask_iou"}:  # which is measured, not learned
+            assert torch.equal(figures[name], results[0][1][name])
         assert all(torch.equal(grads[name], grad) for name, grad in results[0][2].items())
 
 
@@ -350,7 +360,7 @@ def test_condinst_does_learn_from_true_masks():
 @pytest.mark.parametrize("mode", MODES)
 def test_images_without_boxes_leave_detection_losses_and_a_gradient_for_every_parameter(mode):
     model, batch = make_model(mode), make_batch((2,))
-    pseudo = model.make_pseudo_masks(batch, 0) if mode == "boxteacher" else None
+    pseudo = model.make_pseudo_masks(batch) if mode == "boxteacher" else None
     values, figures = model(batch.images, batch, 1.0, pseudo)
     assert {name for name, value in values.items() if value != 0} == {"class"}
     assert all(v.isfinite().all() for v in (*values.values(), *figures.values()))
@@ -437,7 +447,7 @@ def test_an_image_does_not_depend_on_its_partners_in_the_batch():
     assert torch.allclose(together.scores, single.scores, atol=1e-5)
     assert torch.equal(together.labels, single.labels)
     assert (together.masks ^ single.masks).float().mean() < 1e-4
-    many, one = model.make_pseudo_masks(batch, 0), model.make_pseudo_masks(alone, 0)
+    many, one = model.make_pseudo_masks(batch), model.make_pseudo_masks(alone)
     assert many.weights[1].any()
     assert torch.allclose(many.weights[1], one.weights[0], atol=1e-5)
     assert torch.equal(many.masks[1], one.masks[0])
@@ -474,7 +484,7 @@ def detections_at(model, *rows):
 @pytest.mark.parametrize("short_side", [0, 96])
 def test_pseudo_masks_are_those_of_a_slow_recomputation(short_side):
     """The first image's boxes: the first is met twice, the second once, the third never."""
-    model, batch = make_model(), make_batch()
+    model, batch = make_model(teacher_size=short_side), make_batch()
     scale = 96 / 64 if short_side else 1.0
     images, sizes = model.normalize(batch.images, batch.sizes), batch.sizes
     if short_side:  # all three have the short side 96 then; 50 x 64 and 64 x 41 are scaled by more
@@ -497,7 +507,7 @@ def test_pseudo_masks_are_those_of_a_slow_recomputation(short_side):
         ([v * scale for v in (40, 40, 60, 60)], 0.9, 2, 50),  # IoU under 0.5 with all boxes
     ]
     detections_at(model, first, [], first[:1])  # the last image has no box that could be met
-    pseudo = model.make_pseudo_masks(batch, short_side, 1000)
+    pseudo = model.make_pseudo_masks(batch)
 
     encoded = model.encode(images)
     candidates = []
@@ -531,10 +541,12 @@ def test_pseudo_masks_are_those_of_a_slow_recomputation(short_side):
 
 
 def test_pseudo_masks_lie_in_their_boxes_with_weights_from_0_to_1():
-    model, batch = make_model(pre_nms_threshold=0.0, nms_threshold=0.9), make_batch()
+    model, batch = make_model(iou_threshold=0.3), make_batch()
+    many = dict(pre_nms_threshold=0.0, nms_threshold=0.9)
+    model.detect = lambda encoded: fcos.detect(encoded.predictions, encoded.locations, **many)
     with torch.no_grad():
         model.head.distances.bias.fill_(3)  # boxes of about the right size
-    pseudo = model.make_pseudo_masks(batch, 0, iou_threshold=0.3)
+    pseudo = model.make_pseudo_masks(batch)
     assert pseudo.masks.shape == (3, 8, 16, 16)
     assert pseudo.masks.dtype == torch.bool
     assert not pseudo.weights.requires_grad
@@ -548,14 +560,17 @@ def test_pseudo_masks_lie_in_their_boxes_with_weights_from_0_to_1():
 def test_the_thresholds_of_the_teacher_are_heard():
     model, batch = make_model(), make_batch((0,))
     detections_at(model, [([4.0, 4.0, 41.0, 33.0], 0.8, 0, 9)])
-    full = model.make_pseudo_masks(batch, 0)
+    full = model.make_pseudo_masks(batch)
     trust = full.weights[0, 0].item()
     assert 0 < trust < 1
-    higher = model.make_pseudo_masks(batch, 0, mask_threshold=0.6)
-    assert higher.masks.sum() < full.masks.sum()
-    assert not model.make_pseudo_masks(batch, 0, score_threshold=trust + 0.01).weights.any()
-    assert model.make_pseudo_masks(batch, 0, score_threshold=trust - 0.01).weights.any()
-    assert not model.make_pseudo_masks(batch, 0, iou_threshold=0.97).weights.any()
+
+    def labeled(**changes):
+        return configure(model, **changes).make_pseudo_masks(batch)
+
+    assert labeled(mask_threshold=0.6).masks.sum() < full.masks.sum()
+    assert not labeled(mask_threshold=0.5, score_threshold=trust + 0.01).weights.any()
+    assert labeled(score_threshold=trust - 0.01).weights.any()
+    assert not labeled(score_threshold=0.0, iou_threshold=0.97).weights.any()
 
 
 # --- predictions ----------------------------------------------------------------------------------
@@ -616,7 +631,7 @@ def test_no_detections_and_empty_masks_are_ordinary_results():
     assert nothing.boxes.shape == (0, 4)
     assert not empty.masks.any()
     assert empty.scores.tolist() == [0.0]
-    pseudo = model.make_pseudo_masks(batch, 0)
+    pseudo = model.make_pseudo_masks(batch)
     assert not pseudo.weights.any()
 
 
@@ -638,26 +653,17 @@ def test_build_model_reads_the_configuration():
         "boxinst",
         **dict(fpn_channels=96, mask_channels=4, mask_branch_channels=24, mask_branch_convs=2),
         **dict(tower_convs=3, color_threshold=0.2, affinity_threshold=0.7, max_mask_locations=5),
-        **dict(max_detections=7, nms_threshold=0.3, pre_nms_top=11, pre_nms_threshold=0.2),
-        **dict(projection_weight=3.0, pixel_format="bgr"),
+        **dict(max_detections=7, pixel_format="bgr"),
     )
     model = build_model(cfg, num_classes=5)
-    assert model.mode == "boxinst"
+    assert model.cfg.mode == "boxinst"
     assert model.head.class_logits.weight.shape == (5, 96, 3, 3)
     assert len([m for m in model.head.box_tower if isinstance(m, torch.nn.Conv2d)]) == 3
     assert model.head.controller.out_channels == (2 + 4) * 8 + 64 + 8 + 17
     assert model.mask_branch.out.weight.shape == (4, 24, 1, 1)
     assert len(model.mask_branch.tower) == 2
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules())
-    assert (model.color_threshold, model.affinity_threshold) == (0.2, 0.7)
-    assert model.max_mask_locations == 5
-    assert model.loss_weights["projection"] == 3
-    assert model.detect_options == {
-        "pre_nms_threshold": 0.2,
-        "pre_nms_top": 11,
-        "nms_threshold": 0.3,
-        "max_detections": 7,
-    }
+    assert model.cfg == cfg
     assert model.pixel_mean.flatten().tolist() == pytest.approx([103.53, 116.28, 123.675])
     model.eval()
     found = model.predict(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), [(32, 32)], [(32, 32)])

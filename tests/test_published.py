@@ -47,7 +47,7 @@ FILES = {  # published key list: mode, backbone, number of keys, CRC of their na
 def published_model(mode: str, backbone: str, device: str = "cpu") -> CondInst:
     config = Config(mode=mode, pixel_format="bgr", **MODES[mode], **PUBLISHED[backbone][0])
     with torch.device(device):
-        return build_model(config, 80, load_pretrained=False)
+        return build_model(config, 80)
 
 
 def published_weights(mode: str, backbone: str, device: str = "cpu") -> dict[str, torch.Tensor]:

@@ -81,7 +81,7 @@ def make_batch(
 
 
 def student_losses(model: CondInst, batch: Batch, pseudo: PseudoMasks) -> Tensor:
-    losses, _ = model(batch.images, batch, 0.5, pseudo if model.mode == "boxteacher" else None)
+    losses, _ = model(batch.images, batch, 0.5, pseudo if model.cfg.mode == "boxteacher" else None)
     return sum(losses.values())
 
 

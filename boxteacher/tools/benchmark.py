@@ -25,7 +25,8 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -41,26 +42,38 @@ from boxteacher.command_line import parse
 from boxteacher.config import Config, ConfigError
 from boxteacher.data import Batch, Sample, collate, make_train_loader, make_train_set
 from boxteacher.distributed import init_distributed
-from boxteacher.ema import update_teacher
 from boxteacher.losses import box_masks
 from boxteacher.model import CondInst, fit_boxes, resize_images
 from boxteacher.shapes import CLASS_NAMES, load_shapes_image, make_shapes_coco
-from boxteacher.transforms import augment
 
 PARTS = ("data", "inference", "train")
 
 
 class Meter:
-    """Differences of a reading (a clock, a counter) from one lap to the next, by part."""
+    """Differences of a reading (a clock, a counter), by the part that is running."""
 
-    def __init__(self, read: Callable[[], float]) -> None:
+    def __init__(self, read: Callable[[], float], rest: str) -> None:
+        """`rest` is the part that runs while no other does."""
         self.read, self.parts = read, defaultdict(float)
-        self.last = read()
+        self.running, self.last = [rest], read()
 
-    def lap(self, part: str) -> None:
+    def lap(self) -> None:
         now = self.read()
-        self.parts[part] += now - self.last
+        self.parts[self.running[-1]] += now - self.last
         self.last = now
+
+    def around(self, function: Callable, part: str) -> Callable:
+        """The function, with its reading added to a part."""
+
+        def metered(*args: Any, **kwargs: Any) -> Any:
+            self.lap()
+            self.running.append(part)
+            result = function(*args, **kwargs)
+            self.lap()
+            self.running.pop()
+            return result
+
+        return metered
 
 
 def clock(device: torch.device) -> float:
@@ -99,15 +112,13 @@ def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
 
 def make_state(cfg: Config, device: torch.device) -> train.State:
     """Random weights that detect 100 objects an image; nothing is downloaded."""
-    cfg = dataclasses.replace(cfg, pretrained=False, backbone_weights="", init="")
+    cfg = dataclasses.replace(cfg, pretrained=False, backbone_weights="", init="", lr=0.0)
     torch.manual_seed(0)
     num_classes = 80 if cfg.dataset == "coco" else len(CLASS_NAMES)
     state = train.make_state(cfg, num_classes, device)
     for network in filter(None, (state.student, state.teacher)):
         nn.init.zeros_(network.head.class_logits.bias)  # p = 0.5
         nn.init.constant_(network.head.distances.bias, 4.0)  # boxes of 8 by 8 strides
-    for group in state.optimizer.param_groups:
-        group["lr"] = 0.0
     return state
 
 
@@ -124,7 +135,7 @@ def make_batch(
     with torch.no_grad():
         normalized, sizes = network.normalize(batch.images, batch.sizes), batch.sizes
         if cfg.teacher_size:
-            limits = cfg.teacher_size, cfg.teacher_max_size
+            limits = cfg.teacher_size, cfg.test_max_size
             normalized, sizes = resize_images(normalized, sizes, *limits)
         detections = network.detect(network.encode(normalized))
     for n, (image, found) in enumerate(zip(images, detections, strict=True)):
@@ -163,104 +174,70 @@ def measure_data(cfg: Config, steps: int) -> dict[str, Any]:
             source = "64 synthetic JPEGs of 560x560"
             cfg = dataclasses.replace(cfg, **make_jpegs(Path(folder)))
         warmup = 1 + 2 * cfg.workers  # what workers prepare before the first batch is asked for
-        order = (warmup + steps, 0, cfg.seed, 0, 1, cfg.workers, cfg.aspect_grouping)
-        batches = make_train_loader(make_train_set(cfg), cfg.batch_size, *order)
+        cfg = dataclasses.replace(cfg, steps=warmup + steps, accumulate=1)
+        batches = make_train_loader(make_train_set(cfg), cfg)
         moments = [time.perf_counter() for _ in batches]
     seconds = (moments[-1] - moments[warmup - 1]) / steps
     rate = {"seconds": seconds, "images_per_s": cfg.batch_size / seconds}
     return rate | {"workers": cfg.workers, "source": source}
 
 
-def measure_inference(
-    network: CondInst, batch: Batch, autocast: torch.autocast, steps: int, warmup: int
-) -> dict[str, Any]:
+def measure_inference(state: train.State, batch: Batch, steps: int, warmup: int) -> dict[str, Any]:
     """One image at a time, as evaluation does, down to masks of full size."""
-    device, found = batch.images.device, []
+    network, found = state.evaluated_model, []
     images, sizes = batch.images[:1], batch.sizes[:1]
 
     def predict() -> None:
-        with autocast:
+        with state.autocast:
             found[:] = network.predict(images, sizes, sizes)
 
     network.eval()
-    seconds = statistics.median(time_each(predict, steps, warmup, device))
+    seconds = statistics.median(time_each(predict, steps, warmup, state.device))
     network.train()
     return {"seconds": seconds, "images_per_s": 1 / seconds, "detections": len(found[0].scores)}
 
 
-def training_step(
-    cfg: Config,
-    state: train.State,
-    model: nn.Module,
-    batch: Batch,
-    autocast: torch.autocast,
-    lap: Callable[[str], None],
-) -> None:
-    """The step of train.py without schedules and records."""
-    teacher, pseudo = state.teacher, None
-    if teacher is not None:
-        update_teacher(teacher, state.student, cfg.ema_momentum)
-        lap("optimizer and EMA")
-        with autocast:
-            pseudo = teacher.make_pseudo_masks(
-                batch, cfg.teacher_size, cfg.teacher_max_size, score_threshold=cfg.score_threshold
-            )
-        lap("pseudo labels")
-    images = augment(batch.images, batch.sizes, cfg.student_augmentation, torch.Generator())
-    lap("augment")
-    with autocast:
-        losses, _ = model(images, batch, 1.0, pseudo)
-    lap("student forward")
-    sum(losses.values()).backward()
-    lap("backward")
-    if cfg.clip_grad:
-        nn.utils.clip_grad_norm_(state.student.parameters(), cfg.clip_grad)
-    state.optimizer.step()
-    state.optimizer.zero_grad()
-    lap("optimizer and EMA")
+def metered_step(state: train.State, batch: Batch, read: Callable[[], float]) -> dict[str, float]:
+    """One step of train.py. Returns the differences of a reading by the step's parts."""
+    meter = Meter(read, rest="optimizer and EMA")
+    with ExitStack() as patches:
+
+        def measure(owner: Any, name: str, part: str) -> None:
+            function = meter.around(getattr(owner, name), part)
+            patches.enter_context(mock.patch.object(owner, name, function))
+
+        if state.teacher is not None:
+            measure(state.teacher, "make_pseudo_masks", "pseudo labels")
+            measure(state.teacher, "encode", "teacher")  # within the pseudo labels
+        measure(train, "augment", "augment")
+        measure(state.model, "forward", "student forward")
+        measure(Tensor, "backward", "backward")
+        train.train_step(state, [batch])
+    meter.lap()
+    return dict(meter.parts)
 
 
-def metered_step(step: Callable, teacher: CondInst | None, meter: Meter) -> None:
-    """One step with a lap round the teacher's network, which runs inside make_pseudo_masks."""
-
-    def encode(normalized: Tensor) -> Any:
-        meter.lap("pseudo labels")  # what comes before: normalizing, resizing
-        encoded = type(teacher).encode(teacher, normalized)
-        meter.lap("teacher")
-        return encoded
-
-    hidden = mock.patch.object(teacher, "encode", encode) if teacher else nullcontext()
-    with hidden:
-        step(meter.lap)
-
-
-def measure_training(
-    step: Callable, teacher: CondInst | None, steps: int, warmup: int, device: torch.device
-) -> dict[str, Any]:
+def measure_training(state: train.State, batch: Batch, steps: int, warmup: int) -> dict[str, Any]:
     """Medians of the whole step and of its parts. On a GPU these come from steps of their own,
-    since a lap waits for the device, and so they add up to more than the whole.
+    because a lap waits for the device. There the parts add up to more than the whole.
     """
-    laps = []
-    for _ in range(warmup + steps):
-        meter = Meter(lambda: clock(device))
-        metered_step(step, teacher, meter)
-        laps.append(meter.parts)
+    device = state.device
+    laps = [metered_step(state, batch, lambda: clock(device)) for _ in range(warmup + steps)]
     parts = {p: statistics.median(lap[p] for lap in laps[warmup:]) for p in laps[0]}
     seconds = statistics.median(sum(lap.values()) for lap in laps[warmup:])
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        seconds = statistics.median(time_each(step, steps, 2, device))
+        run = partial(train.train_step, state, [batch])
+        seconds = statistics.median(time_each(run, steps, 2, device))
     return {"seconds": seconds, "parts": parts}
 
 
-def count_flops(step: Callable, teacher: CondInst | None) -> dict[str, float]:
+def count_flops(state: train.State, batch: Batch) -> dict[str, float]:
     """FLOPs by part as torch counts them: two per multiply-add of convolutions, matrix products
     and attention, forward and backward; nothing else (nor DCN's deformable convolutions).
     """
     with FlopCounterMode(display=False) as counter:
-        meter = Meter(counter.get_total_flops)
-        metered_step(step, teacher, meter)
-    return dict(meter.parts)
+        return metered_step(state, batch, counter.get_total_flops)
 
 
 # --- command line ---------------------------------------------------------------------------------
@@ -316,9 +293,8 @@ def main(argv: Sequence[str]) -> dict[str, dict[str, Any]]:
     device = init_distributed(cfg.device)
     on_gpu = device.type == "cuda"
     steps, warmup = options.steps or (20 if on_gpu else 3), 5 if on_gpu else 1
-    cfg = train.settle(cfg, device)
+    cfg = train.resolve_auto(cfg, device)
     dtype = getattr(torch, cfg.dtype)
-    autocast = torch.autocast(device.type, torch.bfloat16, dtype == torch.bfloat16)
     wanted = [options.only] if options.only else PARTS
     setting = {
         **{name: getattr(cfg, name) for name in ("preset", "mode", "backbone", "teacher_size")},
@@ -336,26 +312,21 @@ def main(argv: Sequence[str]) -> dict[str, dict[str, Any]]:
     if "data" in wanted:
         report("data", measure_data(cfg, max(steps, 64 // cfg.batch_size)))
     state = make_state(cfg, device)
-    batch = make_batch(cfg, state.judged, *options.size, options.boxes, device)
-    model = state.student
-
-    def step(lap: Callable[[str], None] = lambda part: None) -> None:
-        training_step(cfg, state, model, batch, autocast, lap)
-
+    batch = make_batch(cfg, state.evaluated_model, *options.size, options.boxes, device)
     # in plain torch: what is compiled hides its operations
-    flops = count_flops(step, state.teacher) if "train" in wanted else {}
-    model = train.speed_up(cfg, state, device)
+    flops = count_flops(state, batch) if "train" in wanted else {}
+    train.speed_up(state)
     peak = matmul_peak(dtype, device)
     if "inference" in wanted:
-        report("inference", measure_inference(state.judged, batch, autocast, steps, warmup))
+        report("inference", measure_inference(state, batch, steps, warmup))
     if "train" in wanted:
-        result = measure_training(step, state.teacher, steps, warmup, device)
+        result = measure_training(state, batch, steps, warmup)
         result |= {"images_per_s": cfg.batch_size / result["seconds"], "flops": flops}
         mfu = sum(flops.values()) / result["seconds"] / peak
         report("train", result | {"matmul_peak": peak, "mfu": mfu})
     if options.profile:
         with torch.profiler.profile() as trace:
-            step()
+            train.train_step(state, [batch])
         trace.export_chrome_trace(options.profile)
     print(show_table(results, peak))
     return results

@@ -29,7 +29,7 @@ PUBLISHED = {  # the published backbones: fields and preset
 def synthetic_model(mode: str, backbone: str, network: str) -> CondInst:
     """The published model of 80 classes with synthetic weights; network: student or teacher."""
     config = Config(mode=mode, pixel_format="bgr", **MODES[mode], **PUBLISHED[backbone][0])
-    model = build_model(config, 80, load_pretrained=False)
+    model = build_model(config, 80)
     weights = to_published(model.state_dict())
     for name, value in weights.items():
         if not name.endswith(COUNTERS):
