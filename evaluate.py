@@ -16,21 +16,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from boxteacher import distributed
-from boxteacher.backbone import WeightsError
-from boxteacher.checkpoint import CheckpointError, load_checkpoint, load_weights
+from boxteacher import distributed, errors
+from boxteacher.checkpoint import load_checkpoint, load_weights
 from boxteacher.coco import DataError
-from boxteacher.coco_eval import EvaluationError, evaluate_dataset
+from boxteacher.coco_eval import evaluate_dataset
 from boxteacher.command_line import read_options
 from boxteacher.config import ConfigError, from_dict, validate
 from boxteacher.data import make_val_set
 from boxteacher.model import build_model
 from boxteacher.published import import_published
-
-USER_ERRORS = (
-    *(ConfigError, DataError, WeightsError, CheckpointError, EvaluationError),
-    distributed.DeviceError,
-)
 
 
 def read_arguments(argv: list[str]) -> tuple[Path, bool, bool, dict[str, Any]]:
@@ -59,7 +53,7 @@ def read_arguments(argv: list[str]) -> tuple[Path, bool, bool, dict[str, Any]]:
 def main() -> None:
     path, is_published, is_student, given = read_arguments(sys.argv[1:])
     if is_published:
-        state = import_published(path, build_model, **given)
+        state = import_published(path, **given)
         notes = state["notes"]
     else:
         if "preset" in given:
@@ -79,7 +73,7 @@ def main() -> None:
         theirs = ", ".join(map(str, state["class_names"]))
         raise DataError(f"{val_set.name} has other classes than {path}, which knows {theirs}")
     who = "student" if is_student or state["teacher"] is None else "teacher"
-    model = build_model(cfg, len(val_set.class_names), load_pretrained=False)
+    model = build_model(cfg, len(val_set.class_names))
     load_weights(model, state[who], f"{path} ({who})")
     model.to(device)
 
@@ -93,9 +87,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except USER_ERRORS as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
+    errors.run(main)

@@ -1,49 +1,54 @@
-"""Checkpoints: written whole or not at all, read without running code, loaded without leniency."""
+"""Files of weights: written whole or not at all, read without running code, loaded only if every
+weight fits."""
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import os
 import pickle
+import re
 import zipfile
-from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .errors import UserError
 
-FORMAT = "boxteacher-1"  # stands in every file under "format"
+FORMAT = "boxteacher-1"  # the entry "format" of every checkpoint of this program
 
 
 class CheckpointError(UserError):
-    """A file or a state that is not what it should be; the message is for the user."""
+    """A file of weights that cannot be read, or weights that do not fit."""
+
+
+# --- checkpoints of this program ------------------------------------------------------------------
 
 
 def save_checkpoint(path: str | Path, state: Mapping[str, Any]) -> None:
-    """Write `state` so that `path` holds, at every instant, the old file or the new one.
+    """Write `state` so that `path` always holds a complete checkpoint, the old one or the new one,
+    even if the process is killed or the power fails.
 
-    Whoever kills the process or pulls the plug finds a whole checkpoint: it is written beside
-    `path`, flushed to the disk and then renamed over it. `state` may hold tensors, numbers,
-    strings, None, and dicts, lists and tuples of these; anything else raises CheckpointError, since
-    `load_checkpoint` would refuse it.
+    It is written under another name, flushed to the disk and then renamed. `state` may hold
+    tensors, numbers, strings, None, and dicts, lists and tuples of these.
     """
-    state = {**state, "format": FORMAT}
-    _check_plain(state, "state")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
         with open(unfinished, "wb") as file:
-            torch.save(state, file)
+            torch.save({**state, "format": FORMAT}, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)  # the new name, too, must reach the disk
+    # The new name must reach the disk too.
+    directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)
     finally:
@@ -51,65 +56,96 @@ def save_checkpoint(path: str | Path, state: Mapping[str, Any]) -> None:
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The state that `save_checkpoint` wrote, its tensors on the CPU.
+    """The state that `save_checkpoint` wrote, with its tensors on the CPU. Raises CheckpointError
+    for a missing, truncated or foreign file."""
+    with contextlib.suppress(zipfile.BadZipFile):  # read_file says more about such files
+        if Path(path).is_file() and not zipfile.is_zipfile(path):  # its table is at the end
+            raise CheckpointError(f"{path}: not a PyTorch checkpoint, or cut short")
+    state = read_file(path)
+    if state.pop("format", None) != FORMAT:
+        raise CheckpointError(f"{path}: a PyTorch file, but not a checkpoint of this program")
+    return state
 
-    Nothing in the file is executed (weights_only). Raises CheckpointError, one line, for a missing,
-    truncated or foreign file.
-    """
+
+# --- any file of weights --------------------------------------------------------------------------
+
+# All that a file may call: what makes arrays, their types and scalars, ordered dicts, text to bytes
+ADMITTED = {
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("_codecs", "encode"): lambda text, encoding: text.encode({"latin1": "latin1"}[encoding]),
+}
+for core in ("numpy.core", "numpy._core"):  # numpy 1, numpy 2
+    ADMITTED[f"{core}.multiarray", "_reconstruct"] = np.zeros(1).__reduce__()[0]
+    ADMITTED[f"{core}.multiarray", "scalar"] = np.float64(0).__reduce__()[0]
+    ADMITTED[f"{core}.numeric", "_frombuffer"] = np.zeros(1).__reduce_ex__(5)[0]
+# The same for torch.load. It knows the last two itself, and needs the types of numbers.
+NUMBERS = "Float64 Float32 Float16 Int64 Int32 Int16 Int8 UInt8 Bool".split()
+ADMITTED_BY_TORCH = [getattr(np.dtypes, f"{number}DType") for number in NUMBERS]
+ADMITTED_BY_TORCH += [(v, f"{m}.{name}") for (m, name), v in ADMITTED.items() if "numpy" in m]
+
+
+class RestrictedUnpickler(pickle.Unpickler):
+    """Builds numpy arrays and builtin containers, and refuses everything else by name."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in ADMITTED:
+            raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")  # as torch.load puts it
+        return ADMITTED[module, name]
+
+
+def read_file(path: str | Path) -> dict[str, Any]:
+    """The dict in a .pkl (pickled numpy arrays) or in any other file (torch.save's, which may hold
+    numpy arrays too). Nothing in it is executed."""
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint file")
     try:
-        if not zipfile.is_zipfile(path):  # its table of contents stands at the end of the file
-            raise CheckpointError(f"{path}: not a PyTorch checkpoint, or cut short")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except CheckpointError:
-        raise
-    except pickle.UnpicklingError:
-        reason = "damaged, or holds more than tensors and plain values"
-        raise CheckpointError(f"{path}: not loaded: {reason}") from None
+        if path.suffix == ".pkl":
+            with open(path, "rb") as file:
+                content = RestrictedUnpickler(file, encoding="latin1").load()
+        else:
+            with torch.serialization.safe_globals(ADMITTED_BY_TORCH):
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can fail in any way
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise CheckpointError(f"{path}: not loaded, damaged or foreign: {reason}") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: a PyTorch file, but not a checkpoint of this program")
-    del state["format"]
-    return state
+        if refused := re.search(r"GLOBAL (\S+)", str(error)):
+            reason = f"holds more than tensors and numpy arrays: {refused[1]}"
+        elif isinstance(error, pickle.UnpicklingError):  # torch's message would advise to trust it
+            reason = "damaged, or not a file of weights"
+        else:
+            reason = f"damaged or foreign: {type(error).__name__}: {error}".partition("\n")[0]
+        raise CheckpointError(f"{path}: not loaded: {reason}") from None
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a dict of weights")
+    return dict(content)
 
 
-def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], what: str) -> None:
-    """Copy all of `state_dict` into all of `model`: same names, same shapes, nothing left over.
+# --- weights --------------------------------------------------------------------------------------
 
-    Otherwise raises CheckpointError, which names every missing, unused and mis-shaped entry, and
-    leaves the model as it was. `what` says in the message where the weights come from.
+
+def check_fit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], what: str) -> None:
+    """Raise CheckpointError unless the weights `found` have the names and shapes of `wanted`.
+
+    One line names every missing, unused and mis-shaped entry. `what` says where the weights come
+    from.
     """
-    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in state_dict.items()}
     problems = {
         "missing": sorted(wanted.keys() - found.keys()),
         "unused": sorted(found.keys() - wanted.keys()),
         "mis-shaped": [
-            f"{name} {list(found[name])} for {list(wanted[name])}"
+            f"{name} {list(found[name].shape)} for {list(wanted[name].shape)}"
             for name in sorted(wanted.keys() & found.keys())
-            if wanted[name] != found[name]
+            if found[name].shape != wanted[name].shape
         ],
     }
-    if any(problems.values()):
-        lists = [f"{len(p)} {kind}: {', '.join(p)}" for kind, p in problems.items() if p]
+    lists = [f"{len(p)} {kind}: {', '.join(p)}" for kind, p in problems.items() if p]
+    if lists:
         raise CheckpointError(f"{what}: weights do not fit the model; " + "; ".join(lists))
-    model.load_state_dict(state_dict)
 
 
-def _check_plain(value: Any, where: str) -> None:
-    """Refuse what `torch.load(weights_only=True)` would not read back, by name."""
-    if type(value) in (dict, OrderedDict):
-        for key, item in value.items():
-            _check_plain(key, f"a key of {where}")
-            _check_plain(item, f"{where}[{key!r}]")
-    elif type(value) in (list, tuple):
-        for index, item in enumerate(value):
-            _check_plain(item, f"{where}[{index}]")
-    elif not isinstance(value, Tensor) and type(value) not in (int, float, str, bool, type(None)):
-        raise CheckpointError(
-            f"{where} is a {type(value).__name__}: checkpoints hold tensors and plain values only"
-        )
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:
+    """Copy all of `weights` into all of `model`. If they do not fit, raise CheckpointError (see
+    `check_fit`) and leave the model as it was."""
+    check_fit(weights, model.state_dict(), what)
+    model.load_state_dict(weights)

@@ -1,4 +1,4 @@
-"""Errors that are the user's to solve, and how a program reports them."""
+"""Errors that the user can solve, and how a program reports them."""
 
 from __future__ import annotations
 

@@ -1,66 +1,61 @@
 """Published weights in and out: detectron2's files and names (BoxTeacher, and AdelaiDet's CondInst
-and BoxInst), and the ImageNet files that their training starts from.
+and BoxInst), and the ImageNet weights that training starts from.
 
-Nothing in a file is executed: it holds tensors, numpy arrays and plain values, or it is refused.
+A file may hold tensors, numpy arrays and plain values. Others are refused, and nothing is executed.
 
-`python -m boxteacher.published IN OUT [--preset NAME] [--field value ...]` makes a checkpoint out
-of a published one, or, if IN is one of ours, a published one out of it.
+`python -m boxteacher.published IN OUT [--preset NAME] [--field value ...]` turns a published
+checkpoint into one of ours, or one of ours into a published one.
 """
 
 from __future__ import annotations
 
-import collections
+import argparse
 import dataclasses
-import pickle
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torchvision
 from torch import Tensor, nn
+from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 from torchvision.ops import box_iou
 
-from .checkpoint import FORMAT, CheckpointError, load_checkpoint, load_weights, save_checkpoint
+from .checkpoint import FORMAT, CheckpointError, check_fit, load_weights, read_file, save_checkpoint
 from .command_line import read_options
-from .config import Config, ConfigError
-from .errors import UserError, run
+from .config import Config
 from .data import Batch
+from .errors import run
 from .fcos import Detections
 from .model import CondInst, Encoded, Size, build_model, fit_boxes
 from .presets import from_preset
 from .pseudo_labels import take_assigned
 
-
-class PublishedError(UserError):
-    """A file or a state that is no published model; the message is for the user."""
-
-
 # --- names ----------------------------------------------------------------------------------------
 
 # (ours, theirs), applied in this order in both directions; of two that overlap the longer is first
-BODY = [
-    ("stem.1.", "stem.conv1.norm."),
-    ("stem.0.", "stem.conv1."),
-    *((f"layer{i}.", f"res{i + 1}.") for i in (1, 2, 3, 4)),
+NAMES = [
+    *((f"backbone.fpn.inner_blocks.{i}.0.", f"backbone.fpn_lateral{i + 3}.") for i in range(3)),
+    *((f"backbone.fpn.layer_blocks.{i}.0.", f"backbone.fpn_output{i + 3}.") for i in range(3)),
+    ("backbone.fpn.extra_blocks.", "backbone.top_block."),
+    *((f"backbone.body.norms.{i}.", f"backbone.bottom_up.norm{i + 1}.") for i in range(3)),
+    ("backbone.body.", "backbone.bottom_up."),
+    (".stem.1.", ".stem.conv1.norm."),
+    (".stem.0.", ".stem.conv1."),
+    *((f".layer{i}.", f".res{i + 1}.") for i in (1, 2, 3, 4)),
     (".downsample.1.", ".shortcut.norm."),
     (".downsample.0.", ".shortcut."),
     *((f".bn{i}.", f".conv{i}.norm.") for i in (1, 2, 3)),
     (".conv2.offset.", ".conv2_offset."),
-    ("features.0.0.", "patch_embed.proj."),
-    ("features.0.2.", "patch_embed.norm."),
-    *((f"features.{2 * i + 1}.", f"layers.{i}.blocks.") for i in range(4)),
-    *((f"features.{2 * i + 2}.", f"layers.{i}.downsample.") for i in range(3)),
+    (".features.0.0.", ".patch_embed.proj."),
+    (".features.0.2.", ".patch_embed.norm."),
+    *((f".features.{2 * i + 1}.", f".layers.{i}.blocks.") for i in range(4)),
+    *((f".features.{2 * i + 2}.", f".layers.{i}.downsample.") for i in range(3)),
     (".mlp.0.", ".mlp.fc1."),
     (".mlp.3.", ".mlp.fc2."),
-    *((f"norms.{i}.", f"norm{i + 1}.") for i in range(3)),
-]
-REST = [
-    *((f"backbone.fpn.inner_blocks.{i}.0.", f"backbone.fpn_lateral{i + 3}.") for i in range(3)),
-    *((f"backbone.fpn.layer_blocks.{i}.0.", f"backbone.fpn_output{i + 3}.") for i in range(3)),
-    ("backbone.fpn.extra_blocks.", "backbone.top_block."),
     ("head.controller.", "controller."),
     ("head.class_tower.", "proposal_generator.fcos_head.cls_tower."),
     ("head.box_tower.", "proposal_generator.fcos_head.bbox_tower."),
@@ -71,10 +66,10 @@ REST = [
 ]
 
 
-def rename(name: str, pairs: list[tuple[str, str]], to_ours: bool) -> str:
-    """Pairs that begin with a dot may stand anywhere in a name, the others at its beginning."""
-    for ours, theirs in pairs:
-        old, new = (theirs, ours) if to_ours else (ours, theirs)
+def rename(name: str, pairs: Sequence[tuple[str, str]]) -> str:
+    """Replace parts of a weight's name (old, new): anywhere if they begin with a dot, else at its
+    beginning. What is unknown stays."""
+    for old, new in pairs:
         if old.startswith("."):
             name = name.replace(old, new)
         elif name.startswith(old):
@@ -82,64 +77,47 @@ def rename(name: str, pairs: list[tuple[str, str]], to_ours: bool) -> str:
     return name
 
 
+def inverse(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [(new, old) for old, new in pairs]
+
+
 def our_name(name: str) -> str:
-    """Their name of a weight -> ours. Unknown names stay what they are."""
-    if name.startswith("backbone.bottom_up."):
-        return "backbone.body." + rename(name.removeprefix("backbone.bottom_up."), BODY, True)
-    return rename(name, REST, True)
+    return rename(name, inverse(NAMES))
 
 
 def their_name(name: str) -> str:
-    """Our name of a weight -> theirs."""
-    if name.startswith("backbone.body."):
-        return "backbone.bottom_up." + rename(name.removeprefix("backbone.body."), BODY, False)
-    return rename(name, REST, False)
+    return rename(name, NAMES)
 
 
-COCO_NAMES = """
-    person bicycle car motorcycle airplane bus train truck boat traffic_light fire_hydrant
-    stop_sign parking_meter bench bird cat dog horse sheep cow elephant bear zebra giraffe
-    backpack umbrella handbag tie suitcase frisbee skis snowboard sports_ball kite baseball_bat
-    baseball_glove skateboard surfboard tennis_racket bottle wine_glass cup fork knife spoon
-    bowl banana apple sandwich orange broccoli carrot hot_dog pizza donut cake chair couch
-    potted_plant bed dining_table toilet tv laptop mouse remote keyboard cell_phone microwave
-    oven toaster sink refrigerator book clock vase scissors teddy_bear hair_drier toothbrush
-""".split()  # in label order; _ stands for a space
-COCO_UNUSED_IDS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
-COCO_CLASSES = dict(  # published files do not name their classes: category id -> name
-    zip(
-        (n for n in range(1, 91) if n not in COCO_UNUSED_IDS),
-        (name.replace("_", " ") for name in COCO_NAMES),
-        strict=True,
-    )
-)
+# Published files do not name their classes: category id -> name, in the order of the labels
+COCO_CLASSES = {
+    number: name
+    for number, name in enumerate(MaskRCNN_ResNet50_FPN_Weights.DEFAULT.meta["categories"])
+    if name not in ("__background__", "N/A")  # ids that COCO does not use
+}
 
 
 # --- one network's weights ------------------------------------------------------------------------
 
 SCALE = "proposal_generator.fcos_head.scales.{}.scale"  # five of [1]; ours is one [5]
-ITERATION = "mask_head._iter"
+ITERATION = "mask_head._iter"  # drives the warm-up of the weak losses
 CONSTANTS = {  # what their files repeat from their configuration; here it is code
     "mask_head.sizes_of_interest": [64, 128, 256, 512, 1024],
     "pixel_mean": [103.53, 116.28, 123.675],
     "pixel_std": [1.0, 1.0, 1.0],
 }
-# What a file may lack: old ones have no such entries, and none of them is a weight.
-OPTIONAL = ("mask_head.", "num_batches_tracked", "relative_position_index")
+# What a file may lack: old ones do not have these entries, and none of them is a weight
+OPTIONAL = re.compile(r"^mask_head\.|(num_batches_tracked|relative_position_index)$")
 
 
 def from_published(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """One network's weights under our names. Constants are compared with ours and left out."""
+    """One network's weights under our names, without constants and the iteration."""
     ours: dict[str, Tensor] = {}
     scales = [name for name in map(SCALE.format, range(5)) if name in weights]
     for name, value in weights.items():
-        if name in CONSTANTS:
-            if not np.allclose(value.flatten().tolist(), CONSTANTS[name]):
-                found = value.flatten().tolist()
-                raise PublishedError(f"{name} is {found}, here it is always {CONSTANTS[name]}")
-        elif name.endswith("relative_position_index"):
+        if name.endswith("relative_position_index"):
             ours[our_name(name)] = value.flatten()
-        elif name not in scales and name != ITERATION:
+        elif name not in (*scales, *CONSTANTS, ITERATION):
             ours[our_name(name)] = value
     if scales:
         ours["head.scales"] = torch.cat([weights[name].reshape(1) for name in scales])
@@ -147,7 +125,7 @@ def from_published(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_published(weights: Mapping[str, Tensor], iteration: float = 0) -> dict[str, Tensor]:
-    """The inverse of `from_published`; the iteration counter drives the warm-up of weak losses."""
+    """The inverse of `from_published`."""
     theirs: dict[str, Tensor] = {}
     for name, value in weights.items():
         if name == "head.scales":
@@ -162,27 +140,24 @@ def to_published(weights: Mapping[str, Tensor], iteration: float = 0) -> dict[st
     return theirs
 
 
-def check_fit(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], what: str) -> list[str]:
-    """Raise PublishedError, which names every unused, missing or mis-shaped entry, unless `weights`
-    (their names) fill a model whose state is `wanted` (our names). Returns which of OPTIONAL it
-    lacks."""
-    theirs = {name: tuple(value.shape) for name, value in to_published(wanted).items()}
-    found = {name: tuple(value.shape) for name, value in weights.items()}
-    absent = [n for n in theirs if n not in found and n.endswith(OPTIONAL[1:])]
-    absent += [n for n in theirs if n not in found and n.startswith(OPTIONAL[0])]
-    problems = {
-        "unused": sorted(found.keys() - theirs.keys() - CONSTANTS.keys()),
-        "missing": sorted(theirs.keys() - found.keys() - set(absent)),
-        "mis-shaped": [
-            f"{name} {list(found[name])} for {list(theirs[name])}"
-            for name in sorted(theirs.keys() & found.keys())
-            if theirs[name] != found[name]
-        ],
-    }
-    if any(problems.values()):
-        lists = [f"{len(p)} {kind}: {', '.join(p)}" for kind, p in problems.items() if p]
-        raise PublishedError(f"{what}: does not fit the model; " + "; ".join(lists))
-    return absent
+def fit_network(
+    weights: Mapping[str, Tensor], model_state: Mapping[str, Tensor], what: str
+) -> tuple[dict[str, Tensor], list[str]]:
+    """One network's weights (their names) as a whole state of our model, and which optional entries
+    they lack. Those keep the values of `model_state`.
+
+    Raises CheckpointError, with their names, if a weight is missing, unused or mis-shaped, or if a
+    constant is not ours.
+    """
+    wanted = to_published(model_state)
+    absent = [name for name in wanted if name not in weights and OPTIONAL.search(name)]
+    wanted = {n: v for n, v in wanted.items() if n not in (*absent, *CONSTANTS)}
+    check_fit({n: v for n, v in weights.items() if n not in CONSTANTS}, wanted, what)
+    for name in CONSTANTS.keys() & weights.keys():
+        found, ours = weights[name].flatten().tolist(), CONSTANTS[name]
+        if len(found) != len(ours) or not np.allclose(found, ours):
+            raise CheckpointError(f"{what}: {name} is {found}, here it is always {ours}")
+    return {**model_state, **from_published(weights)}, absent
 
 
 # --- what a file holds ----------------------------------------------------------------------------
@@ -197,36 +172,46 @@ class Published(NamedTuple):
 
 def split_networks(content: Mapping[str, Any], what: str) -> Published:
     """The weights of each network in a file. BoxTeacher's names begin with student. and teacher."""
+    # Detectron2 saves weights under "model", next to the state of the run. Some files are bare.
     weights = content.get("model", content)
-    if not isinstance(weights, Mapping) or not all(isinstance(k, str) for k in weights):
-        raise PublishedError(f"{what}: holds no weights by name, so it is no published model")
-    weights = {name: as_tensor(value, f"{what}: {name}") for name, value in weights.items()}
     set_aside = sorted(str(key) for key in content if key != "model") if "model" in content else []
-    networks = {
-        part: {
-            n.removeprefix(f"{part}."): w for n, w in weights.items() if n.startswith(f"{part}.")
-        }
-        for part in ("student", "teacher")
-    }
-    if not any(networks.values()):
-        return Published({"model": weights}, set_aside)
-    strays = [name for name in weights if not name.startswith(("student.", "teacher."))]
+    if not isinstance(weights, Mapping) or not all(isinstance(name, str) for name in weights):
+        raise CheckpointError(f"{what}: holds no weights by name, so it is no published model")
+    # One network, or two
+    networks: dict[str, dict[str, Tensor]] = {"student": {}, "teacher": {}, "model": {}}
+    for name, value in weights.items():
+        part, _, rest = name.partition(".")
+        part, rest = (part, rest) if part in ("student", "teacher") else ("model", name)
+        networks[part][rest] = as_tensor(value, f"{what}: {name}")
+    if not networks["student"] and not networks["teacher"]:
+        return Published({"model": networks["model"]}, set_aside)
+    strays = list(networks.pop("model"))
     strays += [f"{part}.*" for part, found in networks.items() if not found]
     if strays:
-        raise PublishedError(f"{what}: neither student nor teacher, or one is missing: {strays}")
+        raise CheckpointError(f"{what}: neither student nor teacher, or one is missing: {strays}")
     return Published(networks, set_aside)
+
+
+def as_tensor(value: Any, what: str) -> Tensor:
+    if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
+        value = torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))  # a writable copy
+    if not isinstance(value, Tensor):
+        raise CheckpointError(f"{what} is a {type(value).__name__}, not a tensor")
+    return value
 
 
 def describe(published: Published, what: str) -> tuple[dict[str, Any], int]:
     """The configuration fields that a file's weights imply, and the number of its classes.
 
-    Only the stride of ResNets does not show in the weights: it is in the 1x1 convs, but with
+    Only the stride of ResNets does not show in the weights. It is in the 1x1 convs, but with
     deformable convs in the 3x3 ones, as in the published configurations.
     """
     weights = next(iter(published.networks.values()))
+    fields: dict[str, Any] = {"pixel_format": "bgr"}
     try:
         num_classes = len(weights["proposal_generator.fcos_head.cls_logits.weight"])
-        fields: dict[str, Any] = {"mask_channels": len(weights["mask_branch.tower.4.weight"])}
+        fields["mask_channels"] = len(weights["mask_branch.tower.4.weight"])
+        # The backbone, by the width of its embedding (Swin) or the depth of a stage (ResNet)
         if "backbone.bottom_up.patch_embed.proj.weight" in weights:
             embedding = len(weights["backbone.bottom_up.patch_embed.proj.weight"])
             fields["backbone"] = {96: "swin_t", 128: "swin_b"}[embedding]
@@ -236,23 +221,25 @@ def describe(published: Published, what: str) -> tuple[dict[str, Any], int]:
             fields["deformable"] = any("conv2_offset" in name for name in weights)
             fields["stride_in_1x1"] = not fields["deformable"]
     except KeyError as error:
-        raise PublishedError(f"{what}: no BoxTeacher, BoxInst or CondInst ({error})") from None
+        raise CheckpointError(f"{what}: no BoxTeacher, BoxInst or CondInst ({error})") from None
+    # The method
     if "model" not in published.networks:
         fields["mode"] = "boxteacher"
     else:
         fields["mode"] = "condinst" if fields["mask_channels"] == 8 else "boxinst"
-    return fields | {"pixel_format": "bgr"}, num_classes
-
-
-def as_tensor(value: Any, what: str) -> Tensor:
-    if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
-        value = torch.from_numpy(np.array(value))  # a copy: writable, and in native layout
-    if not isinstance(value, Tensor):
-        raise PublishedError(f"{what} is a {type(value).__name__}, not a tensor")
-    return value
+    return fields, num_classes
 
 
 # --- ImageNet weights of backbones ----------------------------------------------------------------
+
+# How a backbone differs from torchvision's classifier, by the first word of its name: our name of
+# a weight and torchvision's; beginnings of torchvision's names that are not used here
+TORCHVISION = {
+    "resnet": ([("stem.0.", "conv1."), ("stem.1.", "bn1.")], ("fc.",)),
+    "swin": ([], ("norm.", "head.")),
+}
+# What stays as it was built: offsets of deformable convs, norms after Swin's stages, counters
+OURS_ALONE = re.compile(r"\.conv2\.offset\.|^norms\.|num_batches_tracked$")
 
 CAFFE2 = [  # Detectron's blob names -> detectron2's, as regular expressions
     (r"^res_conv1_", "stem_conv1_"),
@@ -271,15 +258,23 @@ CAFFE2 = [  # Detectron's blob names -> detectron2's, as regular expressions
 ]
 
 
+def caffe2_name(name: str) -> str:
+    for pattern, replacement in CAFFE2:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
 def read_backbone(path: str | Path) -> dict[str, Tensor]:
     """ImageNet weights under torchvision's names, from a file of torchvision, of detectron2 (.pkl,
     also with the blob names of its predecessor) or of Swin's authors (.pth)."""
+    # The dict of weights, wherever it is in the file
     content = read_file(path)
     for key in ("model", "state_dict", "blobs"):
         if isinstance(content.get(key), Mapping):
             content = content[key]
     if "conv1_w" in content:
         content = {caffe2_name(k): v for k, v in content.items() if not k.endswith("_momentum")}
+    # Their names and shapes -> torchvision's
     weights = {}
     for name, value in content.items():
         if name.endswith("attn_mask"):  # follows from the size of the training images
@@ -290,86 +285,154 @@ def read_backbone(path: str | Path) -> dict[str, Tensor]:
         if name == "stem.conv1.bias" and not value.any():  # blob files have one of zeros
             continue
         name = re.sub(r"^stem\.fc\.|^linear\.", "fc.", name)
-        if name.startswith(("stem.", "res", "patch_embed.", "layers.")):
-            name = rename(name, BODY, True)
-        name = re.sub(r"^stem\.0\.", "conv1.", re.sub(r"^stem\.1\.", "bn1.", name))
-        weights[name] = value
+        name = our_name(f"backbone.bottom_up.{name}").removeprefix("backbone.body.")
+        weights[rename(name, TORCHVISION["resnet"][0])] = value
+    # Some files hold batch norm as a scale and a shift only. With these statistics (eps is 1e-5)
+    # it does nothing before them, as in detectron2.
     for name in [n for n in weights if re.search(r"(bn\d|downsample\.1)\.weight$", n)]:
-        # Batch norm folded into a scale and a shift: the identity of detectron2, whose eps is 1e-5
         norm = name.removesuffix("weight")
         weights.setdefault(norm + "running_mean", torch.zeros_like(weights[name]))
         weights.setdefault(norm + "running_var", torch.ones_like(weights[name]) - 1e-5)
     return weights
 
 
-def caffe2_name(name: str) -> str:
-    for pattern, replacement in CAFFE2:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-# --- files ----------------------------------------------------------------------------------------
-
-try:
-    from numpy._core import multiarray, numeric
-except ImportError:  # numpy 1
-    from numpy.core import multiarray, numeric
-
-# All that a file may call for: arrays, their types and scalars, ordered dicts, text to bytes
-ADMITTED = {
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("_codecs", "encode"): lambda text, encoding: text.encode({"latin1": "latin1"}[encoding]),
-}
-for core in ("numpy.core", "numpy._core"):
-    ADMITTED[f"{core}.multiarray", "_reconstruct"] = multiarray._reconstruct
-    ADMITTED[f"{core}.multiarray", "scalar"] = multiarray.scalar
-    ADMITTED[f"{core}.numeric", "_frombuffer"] = numeric._frombuffer
-
-
-class RestrictedUnpickler(pickle.Unpickler):
-    """Builds numpy arrays and builtin containers, and names whatever else it is asked for."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in ADMITTED:
-            raise PublishedError(f"wants to load {module}.{name}; only numpy arrays are admitted")
-        return ADMITTED[module, name]
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise PublishedError("wants to load something from outside the file")
-
-
-def read_file(path: str | Path) -> dict[str, Any]:
-    """The dict in a .pkl (pickled numpy arrays) or a .pth (tensors, and perhaps numpy arrays)."""
-    path = Path(path)
-    if not path.is_file():
-        raise PublishedError(f"{path}: no such checkpoint file")
+def download_backbone(name: str) -> dict[str, Tensor]:
+    """torchvision's ImageNet weights. They are downloaded once."""
     try:
-        if path.suffix == ".pkl":
-            with open(path, "rb") as file:
-                content = RestrictedUnpickler(file, encoding="latin1").load()
-        else:
-            with torch.serialization.safe_globals(_numpy_globals()):
-                content = torch.load(path, map_location="cpu", weights_only=True)
-    except PublishedError as error:
-        raise PublishedError(f"{path}: not loaded: {error}") from None
-    except Exception as error:  # a damaged file can fail in any way
-        found = re.search(r"GLOBAL (\S+)", str(error))  # how torch.load names what it refuses
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        if found:
-            reason = f"wants to load {found[1]}; only tensors and numpy arrays are admitted"
-        raise PublishedError(f"{path}: not loaded: {reason}") from None
-    if not isinstance(content, Mapping):
-        raise PublishedError(f"{path}: holds a {type(content).__name__}, not a dict of weights")
-    return dict(content)
+        return torchvision.models.get_model_weights(name).DEFAULT.get_state_dict(progress=False)
+    except (OSError, ValueError) as error:  # no network; no weights of that name
+        raise CheckpointError(
+            f"cannot download ImageNet weights of {name} ({error}): give a local file with "
+            "--backbone-weights FILE, or train from scratch with --no-pretrained --norm bn "
+            "--freeze-at 0"
+        ) from error
 
 
-def _numpy_globals() -> list[Any]:
-    numbers = "Float64 Float32 Float16 Int64 Int32 Int16 Int8 UInt8 Bool".split()
-    types = [getattr(np.dtypes, f"{number}DType") for number in numbers]
-    named = [(value, f"{module}.{name}") for (module, name), value in ADMITTED.items()]
-    return types + [pair for pair in named if not pair[1].startswith(("_codecs", "collections"))]
+def load_backbone(body: nn.Module, name: str, weights: Mapping[str, Tensor], what: str) -> None:
+    """Copy ImageNet weights (torchvision's names) into a backbone of this name (Config.backbone).
+
+    Batch norm's counters stay 0. Raises CheckpointError, with torchvision's names, if other weights
+    are missing, unused or mis-shaped, and leaves the backbone as it was.
+    """
+    renamed, classifier = TORCHVISION[re.match("[a-z]+", name)[0]]
+    own = {n: v for n, v in body.state_dict().items() if not OURS_ALONE.search(n)}
+    found = {n: v for n, v in weights.items() if not n.startswith(classifier)}
+    found = {n: v for n, v in found.items() if not n.endswith("num_batches_tracked")}
+    check_fit(found, {rename(n, renamed): v for n, v in own.items()}, f"{what} ({name})")
+    body.load_state_dict({rename(n, inverse(renamed)): v for n, v in found.items()}, strict=False)
+
+
+# --- published checkpoints ------------------------------------------------------------------------
+
+
+def import_published(path: str | Path, preset: str = "", **given: Any) -> dict[str, Any]:
+    """A published checkpoint as `save_checkpoint` takes it, and "notes" for the user.
+
+    The configuration is the preset's (without one: what the weights imply, on COCO), but with the
+    backbone's variant and the pixels of published weights. `given` fields overrule both. Raises
+    CheckpointError, with all names, if a weight is missing, unused or mis-shaped.
+    """
+    found = split_networks(read_file(path), str(path))
+    fields, num_classes = describe(found, str(path))
+    if preset:
+        config = _configure(fields, preset, given, str(path))
+    else:
+        config = dataclasses.replace(Config(), **(fields | given))
+    # Each network's weights, completed with what the file may lack
+    model_state = build_model(config, num_classes).state_dict()
+    notes = [f"{path}: not used: {name}" for name in found.set_aside]
+    state: dict[str, Any] = {"teacher": None, "iterations": {}}
+    for part, weights in found.networks.items():
+        ours, absent = fit_network(weights, model_state, f"{path} ({part})")
+        notes += [f"{path}: {part} has no {name}: set anew" for name in absent]
+        part = "student" if part == "model" else part
+        state[part] = ours
+        state["iterations"][part] = float(weights.get(ITERATION, torch.zeros(1)))
+    # COCO's classes, or as many numbers
+    classes = COCO_CLASSES
+    if num_classes != len(classes):
+        classes = {n: f"class {n}" for n in range(1, num_classes + 1)}
+    return state | {
+        "config": dataclasses.asdict(config),
+        "class_names": list(classes.values()),
+        "category_ids": list(classes),
+        "step": int(state["iterations"]["student"]),
+        "optimizer": None,
+        "notes": notes,
+    }
+
+
+def _configure(
+    fields: Mapping[str, Any], preset: str, given: Mapping[str, Any], what: str
+) -> Config:
+    """A preset for weights that imply `fields`."""
+    config = from_preset(preset)
+    for field in ("mode", "backbone", "deformable"):
+        found, wanted = fields.get(field, False), getattr(config, field)
+        if found != wanted:
+            raise CheckpointError(
+                f"{what}: its weights say {field}={found}, preset {preset} {field}={wanted};"
+                " choose another preset"
+            )
+    variant = {f: v for f, v in fields.items() if f in ("stride_in_1x1", "pixel_format")}
+    return from_preset(preset, **(variant | given))
+
+
+def export_published(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The inverse of `import_published`: weights and counters by published names."""
+    if state["config"]["size_unit"] != 64:
+        raise CheckpointError("only models with size_unit=64 have published names")
+    networks = {part: state[part] for part in ("teacher", "student") if state[part] is not None}
+    iterations = state.get("iterations", {"student": state["step"]})
+    weights: dict[str, Tensor] = {}
+    for part, values in networks.items():
+        if "mask_branch.tower.3.0.weight" not in values or "mask_branch.tower.4.0.weight" in values:
+            raise CheckpointError("only models with mask_branch_convs=4 have published names")
+        renamed = to_published(values, iterations.get(part, 0))
+        prefix = f"{part}." if len(networks) == 2 else ""
+        weights |= {prefix + name: value for name, value in renamed.items()}
+    return weights
+
+
+# --- where training starts ------------------------------------------------------------------------
+
+
+def load_initial_weights(model: CondInst, cfg: Config) -> None:
+    """Load what training starts from: the checkpoint `cfg.init`, else the backbone in
+    `cfg.backbone_weights`, else torchvision's backbone (`cfg.pretrained`), else nothing.
+
+    The rest of the model keeps its random values. Raises CheckpointError if a file cannot be read
+    or does not fit, and leaves the model as it was.
+    """
+    body, name, path = model.backbone.body, cfg.backbone, cfg.backbone_weights
+    if cfg.init:
+        load_weights(model, _read_init(cfg, model.state_dict()), cfg.init)
+    elif path:
+        load_backbone(body, name, read_backbone(path), path)
+    elif cfg.pretrained:
+        load_backbone(body, name, download_backbone(name), "torchvision's weights")
+
+
+def _read_init(cfg: Config, model_state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The teacher of the checkpoint `cfg.init` if it has one, else its student. It is one of ours,
+    or a published one. Two variants do not show in the shapes of weights. They are compared here.
+    """
+    path, content = cfg.init, read_file(cfg.init)
+    if content.get("format") == FORMAT:
+        fields, weights = content.get("config", {}), content["teacher"] or content["student"]
+    else:
+        found = split_networks(content, path)
+        fields, _ = describe(found, path)
+        theirs = found.networks.get("teacher") or found.networks["model"]
+        weights, _ = fit_network(theirs, model_state, path)
+    for field in ("stride_in_1x1", "pixel_format"):
+        given = getattr(cfg, field)
+        wanted = fields.get(field, given)
+        if wanted != given:
+            options = {True: "--stride-in-1x1", False: "--no-stride-in-1x1"}
+            option = options.get(wanted, f"--pixel-format {wanted}")
+            raise CheckpointError(f"{path}: made for {field}={wanted}, not {given}: add {option}")
+    return weights
 
 
 # --- pseudo masks as the published code makes them ------------------------------------------------
@@ -414,127 +477,29 @@ def label_boxes_as_published(
     return take_assigned(is_foreground[:, 2::4, 2::4], weights, torch.tensor(assigned))
 
 
-# --- published checkpoints ------------------------------------------------------------------------
-
-
-def import_published(
-    path: str | Path,
-    build_model: Callable[[Config, int, bool], nn.Module],
-    preset: str = "",
-    **given: Any,
-) -> dict[str, Any]:
-    """A published checkpoint as `save_checkpoint` would have it, and "notes" for the user.
-
-    The configuration is the preset's (without one: what the weights imply, on COCO), but with the
-    backbone's variant and the pixels of published weights; `given` fields overrule both. Raises
-    CheckpointError, with all names, if a weight is missing, left over or of another shape.
-    """
-    try:
-        found = split_networks(read_file(path), str(path))
-        fields, num_classes = describe(found, str(path))
-        if preset:
-            _check_preset(fields, from_preset(preset), str(path))
-            fields = {k: v for k, v in fields.items() if k in ("stride_in_1x1", "pixel_format")}
-            config = from_preset(preset, **(fields | given))
-        else:
-            config = dataclasses.replace(Config(), **(fields | given))
-        model_state = build_model(config, num_classes, False).state_dict()
-        notes = [f"{path}: not used: {name}" for name in found.set_aside]
-        state: dict[str, Any] = {"teacher": None, "iterations": {}}
-        for part, weights in found.networks.items():
-            absent = check_fit(weights, model_state, f"{path} ({part})")
-            notes += [f"{path}: {part} has no {name}: set anew" for name in absent]
-            part = "student" if part == "model" else part
-            fresh = {name: value.clone() for name, value in model_state.items()}
-            state[part] = fresh | from_published(weights)
-            state["iterations"][part] = float(weights.get(ITERATION, torch.zeros(1)))
-    except PublishedError as error:
-        raise CheckpointError(str(error)) from None
-    classes = COCO_CLASSES
-    if num_classes != len(classes):
-        classes = {n: f"class {n}" for n in range(1, num_classes + 1)}
-    return state | {
-        "config": dataclasses.asdict(config),
-        "class_names": list(classes.values()),
-        "category_ids": list(classes),
-        "step": int(state["iterations"]["student"]),
-        "optimizer": None,
-        "notes": notes,
-    }
-
-
-def _check_preset(fields: Mapping[str, Any], config: Config, what: str) -> None:
-    for field in ("mode", "backbone", "deformable"):
-        found, wanted = fields.get(field, False), getattr(config, field)
-        if found != wanted:
-            raise CheckpointError(
-                f"{what}: its weights say {field}={found}, preset {config.preset} {field}={wanted};"
-                " choose another preset"
-            )
-
-
-def export_published(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The inverse of `import_published`: weights and counters by published names."""
-    if state["config"]["size_unit"] != 64:
-        raise CheckpointError("only models with size_unit=64 have published names")
-    networks = {part: state[part] for part in ("teacher", "student") if state[part] is not None}
-    iterations = state.get("iterations", {"student": state["step"]})
-    weights: dict[str, Tensor] = {}
-    for part, values in networks.items():
-        if "mask_branch.tower.3.0.weight" not in values or "mask_branch.tower.4.0.weight" in values:
-            raise CheckpointError("only models with mask_branch_convs=4 have published names")
-        renamed = to_published(values, iterations.get(part, 0))
-        prefix = f"{part}." if len(networks) == 2 else ""
-        weights |= {prefix + name: value for name, value in renamed.items()}
-    return weights
-
-
-def load_initial_weights(model: nn.Module, config: Config) -> None:
-    """What training starts from, `config.init`: a checkpoint's teacher if it has one, else its
-    student; ours, or a published one. All of it has to fit, the number of classes included, and the
-    variant of the backbone, which does not show in the shapes."""
-    path = config.init
-    if not path:
-        return
-    try:
-        content = read_file(path)
-        if content.get("format") == FORMAT:
-            fields, weights = content.get("config", {}), content["teacher"] or content["student"]
-        else:
-            found = split_networks(content, path)
-            fields, _ = describe(found, path)
-            theirs = found.networks.get("teacher") or found.networks["model"]
-            check_fit(theirs, model.state_dict(), path)
-            weights = {**model.state_dict(), **from_published(theirs)}
-    except PublishedError as error:
-        raise CheckpointError(str(error)) from None
-    for field in ("stride_in_1x1", "pixel_format"):
-        given = getattr(config, field)
-        wanted = fields.get(field, given)
-        if wanted != given:
-            option = f"--{field.replace('_', '-')} {str(wanted).lower()}"
-            raise CheckpointError(f"{path}: made for {field}={wanted}, not {given}: add {option}")
-    load_weights(model, weights, path)
+# --- the converter --------------------------------------------------------------------------------
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) < 2 or argv[0].startswith("-") or argv[1].startswith("-"):
-        raise ConfigError("usage: python -m boxteacher.checkpoint IN OUT [--preset NAME]")
-    source, target, given = argv[0], argv[1], read_options(argv[2:])
-    try:
-        is_ours = read_file(source).get("format") == FORMAT
-    except PublishedError as error:
-        raise CheckpointError(str(error)) from None
-    if is_ours:
-        torch.save({"model": export_published(load_checkpoint(source))}, target)
+    usage = "python -m boxteacher.published IN OUT [--preset NAME] [--field value ...]"
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__, allow_abbrev=False)
+    parser.add_argument("source", metavar="IN", help="a published checkpoint, or one of ours")
+    parser.add_argument("target", metavar="OUT", help="the file to write")
+    options, fields = parser.parse_known_args(argv)
+    given = read_options(fields)
+
+    source, target = options.source, options.target
+    content = read_file(source)
+    if content.get("format") == FORMAT:
+        torch.save({"model": export_published(content)}, target)
         print(f"{target}: {source} under published names")
         return
-    state = import_published(source, build_model, given.pop("preset", ""), **given)
+    state = import_published(source, given.pop("preset", ""), **given)
     for note in state.pop("notes"):
         print(note, file=sys.stderr)
     save_checkpoint(target, state)
-    config = state["config"]
-    print(f"{target}: {config['mode']}, {config['backbone']}, {len(state['class_names'])} classes")
+    config, names = state["config"], state["class_names"]
+    print(f"{target}: {config['mode']}, {config['backbone']}, {len(names)} classes")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""backbone.py: shapes, freezing, norms, and weights from a file."""
+"""backbone.py: shapes, freezing, norms. And ImageNet weights from a file (published.py)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,16 @@ import torchvision
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from boxteacher.backbone import Backbone, ResNet, WeightsError, pretrained_state_dict
+from boxteacher.backbone import Backbone, ResNet
+from boxteacher.checkpoint import CheckpointError
+from boxteacher.config import Config
+from boxteacher.model import build_model
+from boxteacher.published import (
+    download_backbone,
+    load_backbone,
+    load_initial_weights,
+    read_backbone,
+)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +36,7 @@ def weights():
     ],
 )
 def test_shapes(name, channels):
-    body = ResNet(name, "frozen_bn", 2, None)
+    body = ResNet(name, "frozen_bn", 2)
     assert body.out_channels == channels
     net = Backbone(body, 32).eval()
     images = torch.randn(2, 3, 64, 96)
@@ -42,7 +51,7 @@ def test_shapes(name, channels):
 
 def test_pyramid_is_laterals_upsampled_sums_and_two_more_levels_from_p5():
     torch.manual_seed(0)
-    net = Backbone(ResNet("resnet18", "bn", 0, None), 16).eval()
+    net = Backbone(ResNet("resnet18", "bn", 0), 16).eval()
     images = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
         maps, pyramid = list(net.body(images).values()), net(images)
@@ -68,7 +77,7 @@ def test_pyramid_is_laterals_upsampled_sums_and_two_more_levels_from_p5():
     ("freeze_at", "frozen"), [(0, set()), (1, {"stem"}), (2, {"stem", "layer1"})]
 )
 def test_freeze_at(freeze_at, frozen):
-    body = ResNet("resnet18", "bn", freeze_at, None)
+    body = ResNet("resnet18", "bn", freeze_at)
     for name, parameter in body.named_parameters():
         assert parameter.requires_grad == (name.split(".")[0] not in frozen), name
 
@@ -78,7 +87,7 @@ def test_freeze_at(freeze_at, frozen):
     [("frozen_bn", FrozenBatchNorm2d), ("bn", nn.BatchNorm2d), ("gn", nn.GroupNorm)],
 )
 def test_norms(norm, kind):
-    body = ResNet("resnet18", norm, 0, None)
+    body = ResNet("resnet18", norm, 0)
     kinds = (FrozenBatchNorm2d, nn.BatchNorm2d, nn.GroupNorm)
     found = [m for m in body.modules() if isinstance(m, kinds)]
     assert len(found) == 20
@@ -92,11 +101,17 @@ def test_norms(norm, kind):
         assert groups == {(64, 16), (128, 32), (256, 32), (512, 32)}
 
 
+def loaded(name: str, norm: str, weights: dict) -> ResNet:
+    body = ResNet(name, norm, 2)
+    load_backbone(body, name, weights, "file")
+    return body
+
+
 @pytest.mark.parametrize("norm", ["frozen_bn", "bn"])
 def test_weights_from_a_file_give_torchvisions_features(tmp_path, weights, norm):
     path = tmp_path / "resnet18.pth"
     torch.save(weights, path)
-    body = ResNet("resnet18", norm, 2, pretrained_state_dict("resnet18", str(path))).eval()
+    body = loaded("resnet18", norm, read_backbone(path)).eval()
     net = torchvision.models.resnet18(weights=None).eval()
     net.load_state_dict(weights)
     images = torch.randn(1, 3, 64, 64)
@@ -108,16 +123,50 @@ def test_weights_from_a_file_give_torchvisions_features(tmp_path, weights, norm)
 
 def test_weights_without_a_classifier_or_with_another_one_will_do(weights):
     headless = {k: v for k, v in weights.items() if not k.startswith("fc.")}
-    body = ResNet("resnet18", "frozen_bn", 2, headless)
+    body = loaded("resnet18", "frozen_bn", headless)
     assert torch.equal(body.stem[0].weight, weights["conv1.weight"])
     other = {**headless, "fc.weight": torch.zeros(21, 512), "fc.bias": torch.zeros(21)}
-    body = ResNet("resnet18", "frozen_bn", 2, other)
+    body = loaded("resnet18", "frozen_bn", other)
     assert torch.equal(body.stem[0].weight, weights["conv1.weight"])
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("resnet18", {"norm": "frozen_bn"}),
+        ("resnet18", {"norm": "bn"}),
+        ("resnet50", {"norm": "frozen_bn", "stride_in_1x1": True, "deformable": True}),
+        ("swin_t", {}),
+    ],
+)
+def test_a_file_replaces_the_backbone_and_leaves_the_rest_as_it_was_drawn(tmp_path, name, fields):
+    torch.manual_seed(0)
+    weights = torchvision.models.get_model(name, weights=None).state_dict()
+    weights = {k: v + 1 if k.endswith("num_batches_tracked") else v for k, v in weights.items()}
+    torch.save(weights, tmp_path / "net.pth")
+    cfg = Config(backbone=name, backbone_weights=str(tmp_path / "net.pth"), **fields)
+    fresh, model = (build_model(cfg, 3) for _ in range(2) if torch.manual_seed(1))
+    load_initial_weights(model, cfg)
+    drawn, found, used = fresh.state_dict(), model.state_dict(), set()
+    for ours, value in found.items():
+        theirs = ours.replace("stem.0.", "conv1.").replace("stem.1.", "bn1.")
+        theirs = theirs.removeprefix("backbone.body.")
+        if theirs in weights and not theirs.endswith("num_batches_tracked"):
+            used.add(theirs)
+            assert torch.equal(value, weights[theirs]), ours
+        else:
+            assert torch.equal(value, drawn[ours]), ours
+    classifier = ("fc.", "norm.", "head.")
+    unused = {k for k in weights.keys() - used if not k.startswith(classifier)}
+    assert all(k.endswith("num_batches_tracked") for k in unused)
+    new = {k for k in found if ".offset." in k or ".norms." in k}
+    assert bool(new) == (name != "resnet18")
+    assert not any(found[k].any() for k in new if ".offset." in k)
 
 
 def refused(call, *words):
     """The call fails with one clear line that has these words."""
-    with pytest.raises(WeightsError) as caught:
+    with pytest.raises(CheckpointError) as caught:
         call()
     message = str(caught.value)
     assert "\n" not in message
@@ -126,38 +175,48 @@ def refused(call, *words):
 
 
 def test_missing_weights_file():
-    refused(lambda: pretrained_state_dict("resnet18", "nowhere/r18.pth"), "nowhere/r18.pth")
+    refused(lambda: read_backbone("nowhere/r18.pth"), "nowhere/r18.pth")
 
 
 def test_file_that_holds_no_weights(tmp_path):
     path = tmp_path / "notes.pth"
     path.write_text("these are not weights")
-    refused(lambda: pretrained_state_dict("resnet18", str(path)), str(path))
+    refused(lambda: read_backbone(path), str(path))
     torch.save([1, 2, 3], path)
-    refused(lambda: pretrained_state_dict("resnet18", str(path)), str(path))
+    refused(lambda: read_backbone(path), str(path))
     cut = tmp_path / "cut.pth"
     torch.save({"conv1.weight": torch.zeros(64, 3, 7, 7)}, path)
     cut.write_bytes(path.read_bytes()[:5000])
-    refused(lambda: pretrained_state_dict("resnet18", str(cut)), str(cut))
+    refused(lambda: read_backbone(cut), str(cut))
 
 
 @pytest.mark.parametrize("name", ["resnet34", "resnet50"])
 def test_weights_of_another_network(weights, name):
-    refused(lambda: ResNet(name, "frozen_bn", 2, weights), name)
+    refused(lambda: loaded(name, "frozen_bn", weights), name)
 
 
 def test_weights_with_missing_unknown_or_misshapen_entries(weights):
     short = {k: v for k, v in weights.items() if k != "layer3.0.conv1.weight"}
-    refused(lambda: ResNet("resnet18", "bn", 2, short), "layer3.0.conv1.weight")
+    refused(lambda: loaded("resnet18", "bn", short), "layer3.0.conv1.weight")
     more = {**weights, "head.weight": torch.zeros(1)}
-    refused(lambda: ResNet("resnet18", "bn", 2, more), "head.weight")
+    refused(lambda: loaded("resnet18", "bn", more), "head.weight")
     bad = {**weights, "conv1.weight": torch.zeros(64, 1, 7, 7)}
-    refused(lambda: ResNet("resnet18", "bn", 2, bad), "conv1.weight")
+    refused(lambda: loaded("resnet18", "bn", bad), "conv1.weight")
+
+
+def test_weights_that_do_not_fit_change_nothing(weights):
+    body = ResNet("resnet18", "bn", 2)
+    before = {name: value.clone() for name, value in body.state_dict().items()}
+    bad = {**weights, "layer4.1.conv2.weight": torch.zeros(1)}
+    refused(
+        lambda: load_backbone(body, "resnet18", bad, "file"), "layer4.1.conv2.weight [1] for [512"
+    )
+    assert all(torch.equal(value, before[name]) for name, value in body.state_dict().items())
 
 
 def test_a_network_without_published_weights_says_how_to_go_on():
-    words = ("resnet10_half", "--backbone-weights", "--pretrained false")
-    refused(lambda: pretrained_state_dict("resnet10_half"), *words)
+    words = ("resnet10_half", "--backbone-weights", "--no-pretrained")
+    refused(lambda: download_backbone("resnet10_half"), *words)
 
 
 def test_download_that_fails_says_how_to_go_on(monkeypatch):
@@ -167,9 +226,9 @@ def test_download_that_fails_says_how_to_go_on(monkeypatch):
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
     monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", offline)
     refused(
-        lambda: pretrained_state_dict("resnet50"),
+        lambda: download_backbone("resnet50"),
         "resnet50",
         "no network",
         "--backbone-weights",
-        "--pretrained false",
+        "--no-pretrained",
     )

@@ -10,7 +10,6 @@ import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -57,22 +56,6 @@ def test_round_trip(tmp_path):
         assert torch.equal(loaded["student"][name], value)
     optimizer.load_state_dict(loaded["optimizer"])
     assert os.listdir(tmp_path / "new") == ["last.pt"]
-
-
-@pytest.mark.parametrize(
-    ("state", "where"),
-    [
-        ({"metrics": {"AP": np.float64(1.0)}}, "state['metrics']['AP'] is a float64"),
-        ({"model": [small_model()]}, "state['model'][0] is a Sequential"),
-        ({"device": torch.device("cpu")}, "state['device'] is a device"),
-    ],
-)
-def test_what_could_not_be_read_back_is_refused_by_name(tmp_path, state, where):
-    save_checkpoint(tmp_path / "last.pt", {"step": 1})
-    with pytest.raises(CheckpointError) as caught:
-        save_checkpoint(tmp_path / "last.pt", state)
-    assert where in str(caught.value)
-    assert load_checkpoint(tmp_path / "last.pt") == {"step": 1}
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
@@ -201,7 +184,7 @@ def test_foreign_files(tmp_path):
     torch.save(small_model().state_dict(), tmp_path / "weights.pt")
     assert "not a checkpoint of this program" in refusal(tmp_path / "weights.pt")
     torch.save([1], tmp_path / "list.pt")
-    assert "not a checkpoint of this program" in refusal(tmp_path / "list.pt")
+    assert "holds a list, not a dict of weights" in refusal(tmp_path / "list.pt")
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")

@@ -13,14 +13,13 @@ from pycocotools import mask as rle_codec
 
 import evaluate
 import train
-from boxteacher.backbone import WeightsError
 from boxteacher.checkpoint import CheckpointError, save_checkpoint
 from boxteacher.coco import DataError
 from boxteacher.command_line import parse
 from boxteacher.config import ConfigError
 from boxteacher.data import make_val_set
 from boxteacher.model import build_model
-from boxteacher.published import COCO_CLASSES, to_published
+from boxteacher.published import COCO_CLASSES, load_initial_weights, to_published
 
 
 def run(monkeypatch, capsys, *argv) -> str:
@@ -160,5 +159,5 @@ def test_errors_are_one_line(last, monkeypatch, capsys, argv, error, words):
 def test_a_backbone_file_that_is_no_such_thing(tmp_path):
     (tmp_path / "R-50.pkl").write_bytes(b"nothing")
     cfg = parse(["coco_boxteacher_r50_1x", "--backbone-weights", str(tmp_path / "R-50.pkl")])
-    with pytest.raises(WeightsError, match=r"R-50.pkl"):
-        build_model(cfg, 80)
+    with pytest.raises(CheckpointError, match=r"R-50.pkl"):
+        load_initial_weights(build_model(cfg, 80), cfg)

@@ -43,13 +43,14 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     # the method
     "model": (
         {"torch", "torchvision"},
-        ALONE | {"config", "data", "distributed", "published", "transforms"},
+        ALONE | {"config", "data", "distributed", "transforms"},
     ),
     # around it
-    "checkpoint": ({"torch"}, {"errors"}),
+    "checkpoint": ({"torch", "numpy"}, {"errors"}),
     "published": (
-        {"torch", "numpy"},
-        {"checkpoint", "command_line", "config", "errors", "model", "presets"},
+        {"torch", "torchvision", "numpy"},
+        {"checkpoint", "command_line", "config", "errors", "presets"}
+        | {"data", "fcos", "model", "pseudo_labels"},
     ),
     "coco_eval": ({"torch", "numpy", "pycocotools", "tqdm"}, {"data", "distributed", "errors"}),
     "visualize": ({"torch", "numpy", "PIL"}, set()),
