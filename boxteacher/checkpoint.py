@@ -81,8 +81,7 @@ for core in ("numpy.core", "numpy._core"):  # numpy 1, numpy 2
     ADMITTED[f"{core}.multiarray", "scalar"] = np.float64(0).__reduce__()[0]
     ADMITTED[f"{core}.numeric", "_frombuffer"] = np.zeros(1).__reduce_ex__(5)[0]
 # The same for torch.load. It knows the last two itself, and needs the types of numbers.
-NUMBERS = "Float64 Float32 Float16 Int64 Int32 Int16 Int8 UInt8 Bool".split()
-ADMITTED_BY_TORCH = [getattr(np.dtypes, f"{number}DType") for number in NUMBERS]
+ADMITTED_BY_TORCH = [type(np.dtype(number)) for number in "f8 f4 f2 i8 i4 i2 i1 u1 ?".split()]
 ADMITTED_BY_TORCH += [(v, f"{m}.{name}") for (m, name), v in ADMITTED.items() if "numpy" in m]
 
 

@@ -15,7 +15,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -163,33 +163,28 @@ def fit_network(
 # --- what a file holds ----------------------------------------------------------------------------
 
 
-class Published(NamedTuple):
-    """A published model's file, under its own names."""
-
-    networks: dict[str, dict[str, Tensor]]  # student and teacher (BoxTeacher), or model alone
-    set_aside: list[str]  # other things in the file, by name
+Networks = dict[str, dict[str, Tensor]]  # student and teacher (BoxTeacher), or model alone
 
 
-def split_networks(content: Mapping[str, Any], what: str) -> Published:
+def split_networks(content: Mapping[str, Any], what: str) -> Networks:
     """The weights of each network in a file. BoxTeacher's names begin with student. and teacher."""
-    # Detectron2 saves weights under "model", next to the state of the run. Some files are bare.
+    # detectron2 saves weights under "model", next to the state of the run. Some files are bare.
     weights = content.get("model", content)
-    set_aside = sorted(str(key) for key in content if key != "model") if "model" in content else []
     if not isinstance(weights, Mapping) or not all(isinstance(name, str) for name in weights):
         raise CheckpointError(f"{what}: holds no weights by name, so it is no published model")
     # One network, or two
-    networks: dict[str, dict[str, Tensor]] = {"student": {}, "teacher": {}, "model": {}}
+    networks: Networks = {"student": {}, "teacher": {}, "model": {}}
     for name, value in weights.items():
         part, _, rest = name.partition(".")
         part, rest = (part, rest) if part in ("student", "teacher") else ("model", name)
         networks[part][rest] = as_tensor(value, f"{what}: {name}")
     if not networks["student"] and not networks["teacher"]:
-        return Published({"model": networks["model"]}, set_aside)
+        return {"model": networks["model"]}
     strays = list(networks.pop("model"))
     strays += [f"{part}.*" for part, found in networks.items() if not found]
     if strays:
         raise CheckpointError(f"{what}: neither student nor teacher, or one is missing: {strays}")
-    return Published(networks, set_aside)
+    return networks
 
 
 def as_tensor(value: Any, what: str) -> Tensor:
@@ -200,13 +195,13 @@ def as_tensor(value: Any, what: str) -> Tensor:
     return value
 
 
-def describe(published: Published, what: str) -> tuple[dict[str, Any], int]:
+def describe(networks: Networks, what: str) -> tuple[dict[str, Any], int]:
     """The configuration fields that a file's weights imply, and the number of its classes.
 
     Only the stride of ResNets does not show in the weights. It is in the 1x1 convs, but with
     deformable convs in the 3x3 ones, as in the published configurations.
     """
-    weights = next(iter(published.networks.values()))
+    weights = next(iter(networks.values()))
     fields: dict[str, Any] = {"pixel_format": "bgr"}
     try:
         num_classes = len(weights["proposal_generator.fcos_head.cls_logits.weight"])
@@ -223,7 +218,7 @@ def describe(published: Published, what: str) -> tuple[dict[str, Any], int]:
     except KeyError as error:
         raise CheckpointError(f"{what}: no BoxTeacher, BoxInst or CondInst ({error})") from None
     # The method
-    if "model" not in published.networks:
+    if "model" not in networks:
         fields["mode"] = "boxteacher"
     else:
         fields["mode"] = "condinst" if fields["mask_channels"] == 8 else "boxinst"
@@ -242,19 +237,17 @@ TORCHVISION = {
 OURS_ALONE = re.compile(r"\.conv2\.offset\.|^norms\.|num_batches_tracked$")
 
 CAFFE2 = [  # Detectron's blob names -> detectron2's, as regular expressions
-    (r"^res_conv1_", "stem_conv1_"),
-    (r"^conv1_", "stem_conv1_"),
-    (r"_branch1_", "_shortcut_"),
-    (r"_branch2([abc])_", lambda m: f"_conv{'abc'.index(m[1]) + 1}_"),
-    (r"_bn_s$", "_norm_weight"),
-    (r"_bn_b$", "_norm_bias"),
-    (r"_bn_rm$", "_norm_running*mean"),
-    (r"_bn_riv$", "_norm_running*var"),
-    (r"_w$", "_weight"),
-    (r"_b$", "_bias"),
-    (r"^(?:pred|fc1000)_", "fc_"),
     (r"_", "."),
-    (r"\*", "_"),
+    (r"^(res\.)?conv1\.", "stem.conv1."),
+    (r"\.branch1\.", ".shortcut."),
+    (r"\.branch2([abc])\.", lambda m: f".conv{'abc'.index(m[1]) + 1}."),
+    (r"\.bn\.s$", ".norm.weight"),
+    (r"\.bn\.b$", ".norm.bias"),
+    (r"\.bn\.rm$", ".norm.running_mean"),
+    (r"\.bn\.riv$", ".norm.running_var"),
+    (r"\.w$", ".weight"),
+    (r"\.b$", ".bias"),
+    (r"^(pred|fc1000)\.", "fc."),
 ]
 
 
@@ -332,17 +325,19 @@ def import_published(path: str | Path, preset: str = "", **given: Any) -> dict[s
     backbone's variant and the pixels of published weights. `given` fields overrule both. Raises
     CheckpointError, with all names, if a weight is missing, unused or mis-shaped.
     """
-    found = split_networks(read_file(path), str(path))
-    fields, num_classes = describe(found, str(path))
+    content = read_file(path)
+    networks = split_networks(content, str(path))
+    fields, num_classes = describe(networks, str(path))
     if preset:
         config = _configure(fields, preset, given, str(path))
     else:
         config = dataclasses.replace(Config(), **(fields | given))
     # Each network's weights, completed with what the file may lack
     model_state = build_model(config, num_classes).state_dict()
-    notes = [f"{path}: not used: {name}" for name in found.set_aside]
+    set_aside = content.keys() - {"model"} if "model" in content else ()
+    notes = [f"{path}: not used: {name}" for name in sorted(map(str, set_aside))]
     state: dict[str, Any] = {"teacher": None, "iterations": {}}
-    for part, weights in found.networks.items():
+    for part, weights in networks.items():
         ours, absent = fit_network(weights, model_state, f"{path} ({part})")
         notes += [f"{path}: {part} has no {name}: set anew" for name in absent]
         part = "student" if part == "model" else part
@@ -421,9 +416,9 @@ def _read_init(cfg: Config, model_state: Mapping[str, Tensor]) -> Mapping[str, T
     if content.get("format") == FORMAT:
         fields, weights = content.get("config", {}), content["teacher"] or content["student"]
     else:
-        found = split_networks(content, path)
-        fields, _ = describe(found, path)
-        theirs = found.networks.get("teacher") or found.networks["model"]
+        networks = split_networks(content, path)
+        fields, _ = describe(networks, path)
+        theirs = networks.get("teacher") or networks["model"]
         weights, _ = fit_network(theirs, model_state, path)
     for field in ("stride_in_1x1", "pixel_format"):
         given = getattr(cfg, field)
