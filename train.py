@@ -268,7 +268,13 @@ def speed_up(state: State) -> None:
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     for network in filter(None, (state.student, state.teacher)):
-        network.to(memory_format=torch.channels_last)
+        if device.type == "cuda":
+            network.to(memory_format=torch.channels_last)
+        else:
+            # On CPUs, GroupNorm and BatchNorm of channels_last maps lose digits. So only the
+            # backbone has that format, and head and mask branch get contiguous maps.
+            network.backbone.to(memory_format=torch.channels_last)
+            network.backbone.register_forward_hook(contiguous)
         if cfg.compile == "on":
             varies = not cfg.crop and (cfg.dataset == "coco" or len(set(cfg.train_sizes)) > 1)
             compile_parts(network, dynamic=varies or None)
@@ -277,6 +283,10 @@ def speed_up(state: State) -> None:
         state.model = DistributedDataParallel(
             state.student, device_ids=ids, broadcast_buffers=False
         )
+
+
+def contiguous(_: nn.Module, __: Any, maps: list[Tensor]) -> list[Tensor]:
+    return [m.contiguous() for m in maps]
 
 
 def compile_parts(network: CondInst, **options: Any) -> None:

@@ -26,8 +26,8 @@ from torchvision.ops import box_iou
 from .checkpoint import FORMAT, CheckpointError, load_checkpoint, load_weights, save_checkpoint
 from .command_line import read_options
 from .config import Config, ConfigError
-from .errors import UserError, run
 from .data import Batch
+from .errors import UserError, run
 from .fcos import Detections
 from .model import CondInst, Encoded, Size, build_model, fit_boxes
 from .presets import from_preset
