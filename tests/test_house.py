@@ -52,6 +52,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         {"checkpoint", "command_line", "config", "errors", "model", "presets"},
     ),
     "coco_eval": ({"torch", "numpy", "pycocotools", "tqdm"}, {"data", "distributed", "errors"}),
+    "guard": ({"torch"}, {"distributed", "errors"}),
     "visualize": ({"torch", "numpy", "PIL"}, set()),
     "reporting": ({"torch", "tqdm", "PIL"}, {"data", "distributed", "model", "visualize"}),
 }
