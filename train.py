@@ -236,9 +236,7 @@ def speed_up(state: State) -> None:
             compile_parts(network, dynamic=varies or None)
     if distributed.world_size() > 1:
         ids = [device.index] if device.type == "cuda" else None
-        state.model = DistributedDataParallel(
-            state.student, device_ids=ids, broadcast_buffers=False
-        )
+        state.model = DistributedDataParallel(state.student, device_ids=ids)
 
 
 def contiguous(_: nn.Module, __: Any, maps: list[Tensor]) -> list[Tensor]:
@@ -298,7 +296,7 @@ def restore(path: Path, state: State, train_set: CocoDataset) -> None:
 def evaluate(state: State, out: Path, val_set: CocoDataset, log: RunLog) -> dict[str, Any]:
     """AP on the validation set. Rank 0 writes results.json and a line of metrics.jsonl."""
     started, cfg, model = time.perf_counter(), state.cfg, state.evaluated_model
-    distributed.broadcast_buffers(model)  # every rank has batch norm statistics of its own
+    distributed.broadcast_buffers(model)  # the teacher has batch norm statistics of each rank
     tables, text = evaluate_dataset(
         model, val_set, state.device, cfg.workers, cfg.max_detections, out / "results.json"
     )
