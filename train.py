@@ -26,6 +26,7 @@ from boxteacher.command_line import parse
 from boxteacher.config import Config, ConfigError, to_json, warnings
 from boxteacher.data import Batch, CocoDataset, make_train_loader, make_train_set, make_val_set
 from boxteacher.ema import ema_momentum, update_teacher
+from boxteacher.guard import DivergedError, FiniteGuard
 from boxteacher.model import CondInst, build_model, make_teacher
 from boxteacher.published import label_boxes_as_published, load_initial_weights
 from boxteacher.reporting import RunLog, final_summary, make_contact_sheet
@@ -55,51 +56,6 @@ def weak_factor(cfg: Config, step: int) -> float:
 
 
 # --- the state of a run ---------------------------------------------------------------------------
-
-
-class DivergedError(errors.UserError):
-    """A loss is not a finite number."""
-
-    def __init__(self, step: int, message: str) -> None:
-        super().__init__(message)
-        self.step = step
-
-
-class FiniteGuard:
-    """Stops all ranks if a loss of any rank is not finite, before it has changed any weight.
-
-    The device itself decides whether the optimizer skips the step: fused optimizers look at
-    `found_inf`, which is made for loss scaling. The CPU reads the decision one step later, so it
-    never waits.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.optimizer = optimizer
-        self.watched: tuple[int, list[str], list[int], Tensor, Tensor] | None = None
-        self.arrived: torch.cuda.Event | None = None
-
-    def watch(self, step: int, losses: dict[str, Tensor], image_ids: list[int]) -> None:
-        """To be called between the backward pass and the optimizer's step."""
-        values = torch.stack(list(losses.values()))
-        is_bad = ~distributed.reduce_mean(values).isfinite().all()
-        self.optimizer.found_inf = is_bad.float()
-        mine, is_bad = (t.to("cpu", non_blocking=True) for t in (values, is_bad))
-        self.watched = step, list(losses), image_ids, mine, is_bad
-        if values.is_cuda:
-            self.arrived = torch.cuda.Event()
-            self.arrived.record()
-
-    def raise_if_bad(self) -> None:
-        """Raise DivergedError if the step that was watched last was bad."""
-        if self.watched is None:
-            return
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        step, names, image_ids, mine, is_bad = self.watched
-        if is_bad:
-            bad = [n for n, v in zip(names, mine.tolist(), strict=True) if not math.isfinite(v)]
-            where = f"{', '.join(bad)} for image ids {image_ids}" if bad else "on another rank"
-            raise DivergedError(step, f"step {step}: loss not finite: {where}")
 
 
 @dataclasses.dataclass
@@ -268,15 +224,23 @@ def speed_up(state: State) -> None:
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     for network in filter(None, (state.student, state.teacher)):
-        network.to(memory_format=torch.channels_last)
+        if device.type == "cuda":
+            network.to(memory_format=torch.channels_last)
+        else:
+            # On CPUs, GroupNorm and BatchNorm of channels_last maps lose digits. So only the
+            # backbone has that format, and head and mask branch get contiguous maps.
+            network.backbone.to(memory_format=torch.channels_last)
+            network.backbone.register_forward_hook(contiguous)
         if cfg.compile == "on":
             varies = not cfg.crop and (cfg.dataset == "coco" or len(set(cfg.train_sizes)) > 1)
             compile_parts(network, dynamic=varies or None)
     if distributed.world_size() > 1:
         ids = [device.index] if device.type == "cuda" else None
-        state.model = DistributedDataParallel(
-            state.student, device_ids=ids, broadcast_buffers=False
-        )
+        state.model = DistributedDataParallel(state.student, device_ids=ids)
+
+
+def contiguous(_: nn.Module, __: Any, maps: list[Tensor]) -> list[Tensor]:
+    return [m.contiguous() for m in maps]
 
 
 def compile_parts(network: CondInst, **options: Any) -> None:
@@ -332,7 +296,7 @@ def restore(path: Path, state: State, train_set: CocoDataset) -> None:
 def evaluate(state: State, out: Path, val_set: CocoDataset, log: RunLog) -> dict[str, Any]:
     """AP on the validation set. Rank 0 writes results.json and a line of metrics.jsonl."""
     started, cfg, model = time.perf_counter(), state.cfg, state.evaluated_model
-    distributed.broadcast_buffers(model)  # every rank has batch norm statistics of its own
+    distributed.broadcast_buffers(model)  # the teacher has batch norm statistics of each rank
     tables, text = evaluate_dataset(
         model, val_set, state.device, cfg.workers, cfg.max_detections, out / "results.json"
     )

@@ -186,7 +186,9 @@ def assign_targets(
 
     A location is a candidate for a box if it lies strictly inside center ± 1.5 strides, cut to the
     box, and if max(l, t, r, b) is in its level's range, both ends included. Of several boxes the
-    smallest wins, and of equal ones the first. boxes [N, G, 4]; labels, valid [N, G]; centers [N, G, 2].
+    smallest wins, and of equal ones the first.
+
+    boxes [N, G, 4]; labels, valid [N, G]; centers [N, G, 2].
 
     Differs from the published code with box supervision: the center is the box's, not that of its
     raster.

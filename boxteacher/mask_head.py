@@ -73,7 +73,7 @@ class MaskBranch(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """P3, P4, P5, each [N, in_channels, H8 / 2^i, W8 / 2^i]. Returns [N, out_channels, H8, W8]."""
+        """P3, P4, P5 [N, in_channels, H8 / 2^i, W8 / 2^i] to [N, out_channels, H8, W8]."""
         x = self.refine[0](features[0])
         for i in (1, 2):
             x = x + aligned_upsample(self.refine[i](features[i]), 2**i)
@@ -83,20 +83,19 @@ class MaskBranch(nn.Module):
 def dynamic_mask_logits(
     mask_features: Tensor, params: Tensor, locations: Tensor, sizes_of_interest: Tensor
 ) -> Tensor:
-    """Every instance's own three 1x1 convs over [relative coordinates; features] (CondInst).
+    """Three 1x1 convs with parameters of each instance's own, over [relative coordinates;
+    features] (CondInst, section 3.2).
 
-    The relative coordinate (location - pixel) / soi is affine in the pixel's position (x, y):
+    The first layer splits into a part of the features, which is one matrix product per image for
+    all instances, and a part of the relative coordinates, which is affine in column and row:
 
         W [coordinates; features] + b
-            = [W_features, -W_x/soi, -W_y/soi, b + W_xy · location/soi] [features; x; y; 1]
-
-    so the first layer is one matrix product per image for all its instances; the other two are
-    small batched products.
+            = W_f features + w_x (loc_x - x) / soi + w_y (loc_y - y) / soi + b
 
     mask_features [N, C, H8, W8], pixels (8j + 4, 8i + 4); params [N, K, 8(C+2) + 64 + 8 + 17]: the
     three weights, then the three biases; locations [N, K, 2] (x, y) in pixels; sizes_of_interest
-    [N, K] in pixels. Returns logits [N, K, H8, W8]. Runs in float32 under autocast: bfloat16 cannot
-    count pixels beyond 256.
+    soi [N, K] in pixels. Returns logits [N, K, H8, W8]. Runs in float32 under autocast. Coordinates
+    never enter a matrix product, which TF32 would round to 10 bits.
     """
     num_images, channels, height, width = mask_features.shape
     num_instances, device = params.shape[1], params.device
@@ -105,17 +104,19 @@ def dynamic_mask_logits(
         params, mask_features = params.to(dtype), mask_features.to(dtype)
         w1, w2, w3, b1, b2, b3 = params.split(dynamic_sizes(channels), dim=-1)
 
+        # Layer 1: [N, 8K, H8, W8] from the features, plus what depends on the column or the row.
         w1 = w1.unflatten(-1, (HIDDEN, 2 + channels))  # [N, K, 8, 2 + C]
-        w_xy = w1[..., :2] / sizes_of_interest[..., None, None]
-        offset = b1 + (w_xy * locations[..., None, :]).sum(-1)
-        w1 = torch.cat((w1[..., 2:], -w_xy, offset[..., None]), dim=-1)  # [N, K, 8, C + 3]
+        hidden = w1[..., 2:].flatten(1, 2) @ mask_features.flatten(2)
+        hidden = hidden.unflatten(1, (-1, HIDDEN)).unflatten(-1, (height, width))
+        x = torch.arange(width, device=device, dtype=dtype) * 8 + 4
+        y = torch.arange(height, device=device, dtype=dtype) * 8 + 4
+        relative_x = (locations[..., :1] - x) / sizes_of_interest[..., None]  # [N, K, W8]
+        relative_y = (locations[..., 1:] - y) / sizes_of_interest[..., None]  # [N, K, H8]
+        of_column = w1[..., 0, None] * relative_x[:, :, None]  # [N, K, 8, W8]
+        of_row = w1[..., 1, None] * relative_y[:, :, None] + b1[..., None]  # [N, K, 8, H8]
+        hidden = (hidden + of_column[..., None, :] + of_row[..., :, None]).relu()
 
-        y = (torch.arange(height, device=device, dtype=dtype) * 8 + 4)[:, None].expand(-1, width)
-        x = (torch.arange(width, device=device, dtype=dtype) * 8 + 4).expand(height, -1)
-        pixels = torch.stack((x, y, torch.ones_like(x))).expand(num_images, -1, -1, -1)
-        inputs = torch.cat((mask_features, pixels), dim=1).flatten(2)  # [N, C + 3, H8 W8]
-
-        hidden = (w1.flatten(1, 2) @ inputs).relu()  # [N, 8K, H8 W8]
+        # Layers 2 and 3: a small product for each instance.
         hidden = hidden.view(num_images * num_instances, HIDDEN, height * width)
         w2 = w2.reshape(-1, HIDDEN, HIDDEN)
         hidden = torch.baddbmm(b2.reshape(-1, HIDDEN, 1), w2, hidden).relu()

@@ -82,8 +82,8 @@ class CondInst(nn.Module):
     """FCOS with conditional convolutions for masks (arXiv 2003.05664), trained from masks, boxes,
     or boxes and pseudo masks.
 
-    `cfg.mode` chooses the mask losses: condinst (true masks), boxinst (boxes and colors), boxteacher
-    (those of boxinst and, where there are pseudo masks, two more).
+    `cfg.mode` chooses the mask losses: condinst (true masks), boxinst (boxes and colors),
+    boxteacher (those of boxinst and, where there are pseudo masks, two more).
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""From a teacher's detections to pseudo masks for boxes (BoxTeacher, arXiv 2210.05174, section 3.2).
+"""From a teacher's detections to pseudo masks (BoxTeacher, arXiv 2210.05174, section 3.2).
 
 D detections · G ground-truth boxes · h, w image pixels
 """

@@ -53,6 +53,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         | {"data", "fcos", "model", "pseudo_labels"},
     ),
     "coco_eval": ({"torch", "numpy", "pycocotools", "tqdm"}, {"data", "distributed", "errors"}),
+    "guard": ({"torch"}, {"distributed", "errors"}),
     "visualize": ({"torch", "numpy", "PIL"}, set()),
     "reporting": ({"torch", "tqdm", "PIL"}, {"data", "distributed", "model", "visualize"}),
 }
