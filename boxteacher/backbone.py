@@ -281,7 +281,7 @@ def pretrained_state_dict(
     except (OSError, ValueError) as error:  # no network; no weights of that name
         raise WeightsError(
             f"cannot download ImageNet weights of {name} ({error}): give a local file with "
-            "--backbone-weights FILE, or train from scratch with --pretrained false --norm bn "
+            "--backbone-weights FILE, or train from scratch with --no-pretrained --norm bn "
             "--freeze-at 0"
         ) from error
 

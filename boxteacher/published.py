@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou
 
 from .checkpoint import FORMAT, CheckpointError, load_checkpoint, load_weights, save_checkpoint
-from .command_line import read_options
-from .config import Config, ConfigError
+from .command_line import Parser
+from .config import Config
 from .data import Batch
 from .errors import UserError, run
 from .fcos import Detections
@@ -419,7 +419,7 @@ def label_boxes_as_published(
 
 def import_published(
     path: str | Path,
-    build_model: Callable[[Config, int, bool], nn.Module],
+    build_model: Callable[[Config, int], nn.Module],
     preset: str = "",
     **given: Any,
 ) -> dict[str, Any]:
@@ -438,7 +438,7 @@ def import_published(
             config = from_preset(preset, **(fields | given))
         else:
             config = dataclasses.replace(Config(), **(fields | given))
-        model_state = build_model(config, num_classes, False).state_dict()
+        model_state = build_model(config, num_classes).state_dict()
         notes = [f"{path}: not used: {name}" for name in found.set_aside]
         state: dict[str, Any] = {"teacher": None, "iterations": {}}
         for part, weights in found.networks.items():
@@ -512,15 +512,20 @@ def load_initial_weights(model: nn.Module, config: Config) -> None:
         given = getattr(config, field)
         wanted = fields.get(field, given)
         if wanted != given:
-            option = f"--{field.replace('_', '-')} {str(wanted).lower()}"
+            name = field.replace("_", "-")
+            switches = {True: f"--{name}", False: f"--no-{name}"}
+            option = switches.get(wanted, f"--{name} {wanted}")
             raise CheckpointError(f"{path}: made for {field}={wanted}, not {given}: add {option}")
     load_weights(model, weights, path)
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) < 2 or argv[0].startswith("-") or argv[1].startswith("-"):
-        raise ConfigError("usage: python -m boxteacher.checkpoint IN OUT [--preset NAME]")
-    source, target, given = argv[0], argv[1], read_options(argv[2:])
+    usage = "python -m boxteacher.published IN OUT [--preset NAME] [--field value ...]"
+    parser = Parser(usage, __doc__)
+    parser.add_argument("source", metavar="IN", help="a published checkpoint, or one of ours")
+    parser.add_argument("target", metavar="OUT", help="the file to write")
+    options, given = parser.read(argv)
+    source, target = options.source, options.target
     try:
         is_ours = read_file(source).get("format") == FORMAT
     except PublishedError as error:

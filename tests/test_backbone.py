@@ -156,7 +156,7 @@ def test_weights_with_missing_unknown_or_misshapen_entries(weights):
 
 
 def test_a_network_without_published_weights_says_how_to_go_on():
-    words = ("resnet10_half", "--backbone-weights", "--pretrained false")
+    words = ("resnet10_half", "--backbone-weights", "--no-pretrained")
     refused(lambda: pretrained_state_dict("resnet10_half"), *words)
 
 
@@ -171,5 +171,5 @@ def test_download_that_fails_says_how_to_go_on(monkeypatch):
         "resnet50",
         "no network",
         "--backbone-weights",
-        "--pretrained false",
+        "--no-pretrained",
     )

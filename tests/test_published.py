@@ -148,7 +148,7 @@ def test_boxteacher_file_to_checkpoint_and_back(tmp_path):
     assert_same(model.state_dict(), state["teacher"])
     for field, value, option in (
         ("pixel_format", "rgb", "add --pixel-format bgr"),
-        ("stride_in_1x1", False, "add --stride-in-1x1 true"),
+        ("stride_in_1x1", False, "add --stride-in-1x1"),
     ):
         wrong = dataclasses.replace(init, **{field: value})
         assert option in refusal(load_initial_weights, model, wrong)
