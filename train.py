@@ -23,7 +23,7 @@ from boxteacher.checkpoint import CheckpointError, load_checkpoint, load_weights
 from boxteacher.coco import DataError
 from boxteacher.coco_eval import NoMasksError, evaluate_dataset, require_masks
 from boxteacher.command_line import parse
-from boxteacher.config import Config, ConfigError, to_json, warnings
+from boxteacher.config import LR_IMAGES, Config, ConfigError, to_json, warnings
 from boxteacher.data import Batch, CocoDataset, make_train_loader, make_train_set, make_val_set
 from boxteacher.ema import ema_momentum, update_teacher
 from boxteacher.guard import DivergedError, FiniteGuard
@@ -37,7 +37,7 @@ from boxteacher.transforms import augment
 
 def learning_rate(cfg: Config, step: int) -> float:
     """`cfg.lr` is for 16 images. SGD scales it linearly with the batch size."""
-    scale = cfg.batch_size / 16 if cfg.optimizer == "sgd" else 1.0
+    scale = cfg.batch_size / LR_IMAGES if cfg.optimizer == "sgd" else 1.0
     return cfg.lr * scale * lr_factor(cfg, step)
 
 

@@ -1,82 +1,99 @@
-"""The command line of every program here: `[PRESET] --field value ...`."""
+"""The command line of every program here: an option for each field of Config.
+
+    python train.py nuclei --lr 0.005 --train-scales 1.5,2 --no-flip
+
+The preset is the first word. Lists have commas. A switch is on with --flip and off with --no-flip.
+"""
 
 from __future__ import annotations
 
+import argparse
+import functools
 import inspect
 import re
 import textwrap
 import typing
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, NoReturn
 
-from .config import FIELDS, Config, ConfigError, _nearest, _typed, _wanted
+from .config import FIELDS, Config, ConfigError, as_word, from_word, nearest
 from .presets import PRESETS, from_preset
 
 
 def parse(argv: Sequence[str]) -> Config:
-    """The configuration that `[PRESET] --field value ...` asks for; without a preset: shapes.
+    """The command line of train.py. --help and --list print and exit."""
+    preset, words = split_preset(argv, default="shapes")
+    text = f"Train BoxTeacher, BoxInst or CondInst. The values below are those of preset {preset}."
+    parser = Parser("train.py [PRESET] [--field value ...]", text, from_preset(preset))
+    _, given = parser.read(words)
+    return from_preset(**({"preset": preset} | given))
 
-    --help and --list print and exit. ConfigError, one line, for what is unknown or cannot be meant.
+
+def split_preset(argv: Sequence[str], default: str) -> tuple[str, Sequence[str]]:
+    """The preset, which is the first word unless that is an option, and the words after it."""
+    has_preset = argv and not argv[0].startswith("-")
+    return (argv[0], argv[1:]) if has_preset else (default, argv)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with an option for each field of Config, and with one-line ConfigErrors.
+
+    --help shows the fields with their values in `config`. Without one, it shows only the options
+    that a program adds.
     """
-    words = list(argv)
-    for option, text in (("--help", help_text), ("-h", help_text), ("--list", list_presets)):
-        if option in words:
-            print(text())
-            raise SystemExit(0)
-    name = words.pop(0) if words and not _OPTION.match(words[0]) else "shapes"
-    given = read_options(words)
-    return from_preset(given.pop("preset", name), **given)
+
+    def __init__(self, usage: str, description: str | None, config: Config | None = None) -> None:
+        style = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=32)
+        super().__init__(None, usage, description, formatter_class=style, allow_abbrev=False)
+        # "version" is argparse's action that prints a text and exits
+        self.add_argument("--list", action="version", version=list_presets(), help="all presets")
+        group = self
+        for line in inspect.getsource(Config).splitlines():
+            if heading := re.fullmatch(r"    # --- (.+?) -+", line):
+                group = self.add_argument_group(heading[1])
+            elif found := re.fullmatch(r"    (\w+): .+? = .+?(?:  # (.+))?", line):
+                field, comment = found.groups(default="")
+                settings = option_settings(field, comment, config)
+                group.add_argument("--" + field.replace("_", "-"), **settings)
+
+    def error(self, message: str) -> NoReturn:
+        message = message.removeprefix("argument ")
+        message = message.replace("ignored explicit argument", "takes no value, got")
+        hint = "expected one value; if it begins with a dash, write --field=value"
+        raise ConfigError(message.replace("expected one argument", hint))
+
+    def read(self, words: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
+        """All options, and those of them that are fields of Config and were given."""
+        options, unknown = self.parse_known_args(words)
+        if unknown:
+            word = unknown[0].partition("=")[0]
+            hint = "; write --field value, a list as --field 1,2, a switch as --field or --no-field"
+            hint = nearest(word, self._option_string_actions) if word.startswith("-") else hint
+            raise ConfigError(f"no option {word}{hint}")
+        given = {k: v for k, v in vars(options).items() if k in FIELDS and v is not None}
+        return options, given
 
 
-_OPTION = re.compile(r"--?[A-Za-z]")  # not -0.1
-
-
-def read_options(words: Sequence[str]) -> dict[str, Any]:
-    """Fields and their values from `--field value`, `--field=value`, `--flag`, `--no-flag`.
-
-    Dashes and underscores are the same. Lists: `--train-sizes 640,800` or `--train-sizes 640 800`.
-    """
-    given: dict[str, Any] = {}
-    words = list(words)
-    while words:
-        word = words.pop(0)
-        if not _OPTION.match(word):
-            raise ConfigError(f"what is {word!r} for? fields are set with --field value")
-        option, equals, value = word.lstrip("-").partition("=")
-        values = [value] if equals else []
-        while not equals and words and not _OPTION.match(words[0]):
-            values.append(words.pop(0))
-        field = option.replace("-", "_")
-        if not values and FIELDS.get(field.removeprefix("no_")) is bool:
-            values = ["false" if field.startswith("no_") else "true"]
-            field = field.removeprefix("no_")
-        if field not in FIELDS:
-            options = ["--" + name.replace("_", "-") for name in FIELDS]
-            raise ConfigError(f"no option --{option}{_nearest('--' + option, options)}")
-        if not values or (len(values) > 1 and typing.get_origin(FIELDS[field]) is not tuple):
-            raise ConfigError(f"--{option} takes one value, got {' '.join(values) or 'none'}")
-        given[field] = _typed(field, " ".join(values))
-    return given
-
-
-def help_text() -> str:
-    """Every field with its type, default and the comment that stands beside it in Config."""
-    lines = ["usage: train.py [PRESET] [--field value ...] | --list | --help"]
-    for line in inspect.getsource(Config).splitlines():
-        if heading := re.fullmatch(r"    # --- (.+?) -+", line):
-            lines += ["", heading[1]]
-        elif field := re.fullmatch(r"    (\w+): .+? = (.+?)(?:  # (.+))?", line):
-            name, default, comment = field.groups(default="")
-            option = f"  --{name.replace('_', '-')} {default}"
-            lines.append(f"{option:42} {_wanted(name)}{comment and '; '}{comment}")
-    return "\n".join(lines)
+def option_settings(field: str, comment: str, config: Config | None) -> dict[str, Any]:
+    """A field as argparse's `add_argument` takes it. The help is the comment next to the field."""
+    kind, value = FIELDS[field], getattr(config, field, "")
+    if kind is bool:
+        settings, comment = {"action": argparse.BooleanOptionalAction}, f"now {value}; {comment}"
+    else:
+        read = functools.partial(from_word, field)
+        settings = {"type": read, "metavar": as_word(value) or "''"}
+    if typing.get_origin(kind) is Literal:
+        comment += f"; one of {', '.join(typing.get_args(kind))}"
+    return settings | {"help": comment.replace("%", "%%") if config else argparse.SUPPRESS}
 
 
 def list_presets() -> str:
     """Every preset with its evidence and with what it changes in Config()."""
-    lines = []
+    lines, not_run = [], ["", "Recipes that were not run here:"]
     for name, (changes, evidence) in PRESETS.items():
-        shown = [f"{f}={v}" for f, v in changes.items() if v != getattr(Config(), f)]
-        lines += [f"{name}: {evidence}"]
-        lines += textwrap.wrap(" ".join(shown), 96, initial_indent="    ", subsequent_indent="    ")
-    return "\n".join(lines)
+        changes = {f: as_word(v) for f, v in changes.items() if v != getattr(Config(), f)}
+        shown = " ".join(f"{field}={word}" for field, word in changes.items())
+        known, is_not_run, _ = evidence.partition("; here: not run")
+        wrapped = textwrap.wrap(shown, 96, initial_indent="    ", subsequent_indent="    ")
+        (not_run if is_not_run else lines).extend([f"{name}: {known}", *wrapped])
+    return "\n".join(lines + not_run)

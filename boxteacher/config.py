@@ -1,18 +1,19 @@
-"""One flat, frozen configuration; presets are differences from it; the command line is its fields.
+"""The configuration of a run: one flat, frozen record, and what is checked in it.
 
-`Config()` is the published BoxTeacher R-50 1x recipe on COCO. `python train.py PRESET --lr 0.005`
-takes a preset and replaces single fields; `--list` shows the presets, `--help` the fields.
+`Config()` is the published BoxTeacher recipe on COCO (R-50, 1x). presets.py holds the other recipes
+as differences from it. command_line.py makes an option of each field: the headings and comments
+below are the text of --help.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import json
 import math
-import re
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from .errors import UserError
 
 
 class ConfigError(UserError):
-    """A configuration that cannot be meant; the message is one line for the user."""
+    """A configuration that cannot work."""
 
 
 Backbone = Literal[
@@ -30,177 +31,212 @@ Backbone = Literal[
 
 @dataclass(frozen=True)
 class Config:
-    preset: str = "custom"  # where these values started from
-    mode: Literal["condinst", "boxinst", "boxteacher"] = "boxteacher"
+    preset: str = "custom"  # the recipe of all values that are not given
+    mode: Literal["condinst", "boxinst", "boxteacher"] = "boxteacher"  # the method
 
     # --- data ---------------------------------------------------------------
-    dataset: Literal["coco", "shapes"] = "coco"  # coco: any set in COCO's JSON format
-    train_json: str = "data/coco/annotations/instances_train2017.json"
-    train_images: str = "data/coco/train2017"
-    val_json: str = "data/coco/annotations/instances_val2017.json"
-    val_images: str = "data/coco/val2017"
-    shapes_train: int = 4000  # size of the generated training set (dataset=shapes)
-    shapes_val: int = 300
-    shapes_size: int = 192  # side of the generated images, pixels
+    dataset: Literal["coco", "shapes"] = "coco"  # files in COCO's JSON format, or generated images
+    train_json: str = "data/coco/annotations/instances_train2017.json"  # boxes; condinst: masks
+    train_images: str = "data/coco/train2017"  # the folder of its images
+    val_json: str = "data/coco/annotations/instances_val2017.json"  # masks to evaluate with
+    val_images: str = "data/coco/val2017"  # the folder of its images
+    shapes_train: int = 4000  # number of generated training images (dataset=shapes)
+    shapes_val: int = 300  # number of generated validation images
+    shapes_size: int = 192  # their side in pixels
     train_sizes: tuple[int, ...] = (640, 672, 704, 736, 768, 800)  # short side, one drawn per image
     train_max_size: int = 1333  # long side at most
-    test_size: int = 800
-    test_max_size: int = 1333
+    test_size: int = 800  # short side at test time
+    test_max_size: int = 1333  # long side at most, at test time and for the teacher
     train_scales: tuple[float, ...] = ()  # if given: enlarge by one of these, not to a short side
-    test_scale: float = 0.0  # if > 0: enlarge by this factor at test time instead of to test_size
-    crop: int = 0  # if > 0: random square crop of this many pixels after resizing (training)
-    flip: bool = True  # random horizontal flip
-    bottom_rows: int = 10  # of the original, outside for color similarity (COCO: 10; else 0)
-    aspect_grouping: bool = True  # batches of images that are all wide or all tall
+    test_scale: float = 0.0  # if > 0: enlarge by this factor at test time, not to test_size
+    crop: int = 0  # if > 0: train on random square crops of so many pixels
+    flip: bool = True  # mirror half of the training images
+    bottom_rows: int = 10  # of the original image, ignored by color similarity (COCO: 10, else 0)
     workers: int = 4  # data loading processes per rank
 
     # --- model --------------------------------------------------------------
-    backbone: Backbone = "resnet50"
-    pretrained: bool = True  # torchvision's ImageNet weights
-    backbone_weights: str = ""  # a local file instead of torchvision's download
-    norm: Literal["frozen_bn", "bn", "gn"] = "frozen_bn"  # in the backbone
+    backbone: Backbone = "resnet50"  # the network below the feature pyramid
+    pretrained: bool = True  # start from torchvision's ImageNet weights
+    backbone_weights: str = ""  # a local file to use instead of torchvision's weights
+    norm: Literal["frozen_bn", "bn", "gn"] = "frozen_bn"  # normalization in the backbone
     freeze_at: int = 2  # 2: stem and first stage do not train; 0: everything trains
-    stride_in_1x1: bool = False  # ResNet with the original ("MSRA") weights: True
+    stride_in_1x1: bool = False  # ResNet: needed by the original ("MSRA") weights
     deformable: bool = False  # ResNet: DCNv2 in the last three stages
-    drop_path: float = 0.2  # Swin: stochastic depth of the last block (never in the teacher)
-    pixel_format: Literal["rgb", "bgr"] = "rgb"  # bgr: deviation 1, as original weights want it
-    fpn_channels: int = 256
-    tower_convs: int = 4
-    mask_branch_channels: int = 128
-    mask_branch_convs: int = 4
-    mask_channels: int = 16  # CondInst with true masks: 8
-    size_unit: int = 64  # px: P3 answers for distances up to one, P4 to two, P5 to four ...
-    mask_norm: Literal["bn", "gn"] = "bn"  # bn: as published; statistics are per rank
+    pixel_format: Literal["rgb", "bgr"] = "rgb"  # bgr (deviation 1) is for the original weights
+    fpn_channels: int = 256  # of the feature pyramid and the head
+    tower_convs: int = 4  # layers of each tower of the head
+    mask_branch_channels: int = 128  # of its layers
+    mask_branch_convs: int = 4  # layers, before the last one
+    mask_channels: int = 16  # of the mask branch's output; published for condinst: 8
+    size_unit: int = 64  # pixels: P3 takes distances up to 1 unit, P4 up to 2, P5 up to 4 ...
+    mask_norm: Literal["bn", "gn"] = "bn"  # in the mask branch; bn has statistics per rank
 
     # --- training -----------------------------------------------------------
-    steps: int = 90_000
+    steps: int = 90_000  # a shorter run shortens its warm-ups and lr_drops too
     batch_size: int = 16  # images of a step, over all ranks
-    accumulate: int = 1  # a rank takes its images in as many parts, one after the other
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    lr: float = 0.01  # for `lr_batch_size` images; sgd scales it linearly with batch_size
-    lr_batch_size: int = 16
-    weight_decay: float = 1e-4
-    norm_decay: bool = True  # as published; False: none on biases, norms and Swin's position tables
-    momentum: float = 0.9
-    lr_schedule: Literal["step", "cosine"] = "step"
-    lr_drops: tuple[int, ...] = (60_000, 80_000)  # x0.1 at each (lr_schedule=step)
-    warmup_steps: int = 1000  # linear lr warm-up from 0.001 of it
+    accumulate: int = 1  # a rank takes its images in so many parts, to save memory
+    optimizer: Literal["sgd", "adamw"] = "sgd"  # published: sgd, for Swin adamw
+    lr: float = 0.01  # sgd: for 16 images, scaled linearly with batch_size
+    weight_decay: float = 1e-4  # of all weights that train
+    lr_schedule: Literal["step", "cosine"] = "step"  # of lr after the warm-up
+    lr_drops: tuple[int, ...] = (60_000, 80_000)  # lr is divided by 10 at these (lr_schedule=step)
+    warmup_steps: int = 1000  # lr grows linearly from 0.001 of it
     clip_grad: float = 0.0  # maximum gradient norm; 0: no clipping
     weak_warmup_steps: int = 10_000  # the pairwise and pseudo-mask losses grow over these
-    seed: int = 0
+    seed: int = 0  # of first weights, order of images and random draws
 
     # --- losses and teacher -------------------------------------------------
-    class_weight: float = 1.0
-    box_weight: float = 1.0
-    centerness_weight: float = 1.0
-    mask_weight: float = 1.0  # dice against true masks (condinst)
-    projection_weight: float = 1.0
-    pairwise_weight: float = 1.0
-    pseudo_mask_weight: float = 0.5  # lambda_p
-    pseudo_affinity_weight: float = 0.1  # lambda_a
-    color_threshold: float = 0.3  # tau of BoxInst's color similarity
-    affinity_threshold: float = 0.5  # tau_g
-    mask_threshold: float = 0.5  # tau_m
-    iou_threshold: float = 0.5  # tau_iou
-    score_threshold: float = 0.0  # tau_c
+    pairwise_weight: float = 1.0  # of BoxInst's pairwise loss
+    pseudo_mask_weight: float = 0.5  # lambda_p, of the noise-aware pixel loss
+    pseudo_affinity_weight: float = 0.1  # lambda_a, of the noise-reduced affinity loss
+    color_threshold: float = 0.3  # tau: pairs of pixels with this color similarity are learned
+    affinity_threshold: float = 0.5  # tau_g: pairs with this affinity in a pseudo mask are learned
+    mask_threshold: float = 0.5  # tau_m: least probability inside a pseudo mask
+    iou_threshold: float = 0.5  # tau_iou: least IoU of a detection with the box that takes its mask
+    score_threshold: float = 0.0  # tau_c: least score of a pseudo mask
     published_score: bool = False  # pseudo masks as the published code makes them
-    max_mask_locations: int = 64  # per image; condinst: 500 per rank, at random
-    teacher: bool = True  # False: BoxTeacher without a teacher (ablation; it is BoxInst then)
-    ema_momentum: float = 0.999
+    max_mask_locations: int = 64  # that learn a mask, per image; condinst: per rank, at random
+    ema_momentum: float = 0.999  # of the teacher's moving average
     teacher_size: int = 800  # short side of the teacher's input; 0: the student's own size
-    teacher_max_size: int = 1333
-    student_augmentation: Literal["none", "weak", "strong", "strong_blur"] = "strong"
+    student_augmentation: Literal["none", "weak", "strong", "strong_blur"] = "strong"  # of colors
 
     # --- inference and evaluation -------------------------------------------
-    pre_nms_threshold: float = 0.05
-    pre_nms_top: int = 1000  # (location, class) pairs per level
-    nms_threshold: float = 0.6
     max_detections: int = 100  # per image; also COCO's maxDets, which the headline AP honors
     eval_every: int = 0  # steps between evaluations; 0: at the end only
 
     # --- machine ------------------------------------------------------------
-    device: Literal["auto", "cuda", "cpu"] = "auto"
+    device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: the GPU if there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of autocast; auto: bfloat16 on GPUs
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on GPUs
-    checkpoint_every: int = 5000
-    log_every: int = 20
+    checkpoint_every: int = 5000  # steps
+    log_every: int = 20  # steps
     init: str = ""  # a checkpoint to start from (weights only)
     resume: bool = False  # go on from the run's last.pt
-    out: str = ""  # where the run is written; empty: runs/PRESET
+    out: str = ""  # the folder of the run; empty: runs/PRESET
 
 
 FIELDS: dict[str, Any] = typing.get_type_hints(Config)  # name -> type
+LR_IMAGES = 16  # SGD: `lr` is for a step of so many images
 
-# --- what can be meant --------------------------------------------------------
 
-_AT_LEAST_1 = """steps batch_size accumulate lr_batch_size checkpoint_every log_every shapes_train
-    shapes_val shapes_size train_max_size test_size test_max_size teacher_max_size fpn_channels
-    max_detections mask_branch_channels mask_channels max_mask_locations pre_nms_top""".split()
-_AT_MOST_1 = """momentum ema_momentum color_threshold affinity_threshold mask_threshold
-    iou_threshold score_threshold pre_nms_threshold nms_threshold drop_path""".split()
+# --- words: the values on the command line --------------------------------------------------------
+
+
+def as_word(value: Any) -> str:
+    """A value as one writes it on the command line."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def from_word(field: str, word: str) -> Any:
+    """The value of a field, the inverse of `as_word`. ConfigError if the field cannot hold it."""
+    kind, arguments = FIELDS[field], typing.get_args(FIELDS[field])
+    if kind is str:
+        return word
+    if kind in (int, float):
+        return number(field, kind, word)
+    if typing.get_origin(kind) is tuple:
+        return tuple(number(field, arguments[0], part) for part in word.split(",") if word)
+    choices = {"True": True, "False": False} if kind is bool else {name: name for name in arguments}
+    if word not in choices:
+        names, hint = ", ".join(choices), nearest(word, choices)
+        raise ConfigError(f"{field} must be one of {names}, got {word!r}{hint}")
+    return choices[word]
+
+
+def number(field: str, kind: type, word: str) -> int | float:
+    """Neither infinite nor NaN."""
+    with contextlib.suppress(ValueError):
+        value = kind(word)
+        if abs(value) < math.inf:
+            return value
+    wanted = "a whole number" if kind is int else "a number"
+    raise ConfigError(f"{field}: {word!r} is not {wanted}")
+
+
+def nearest(word: str, names: Iterable[str]) -> str:
+    """The end of an error message: the name that the user probably meant."""
+    return f"; the nearest is {difflib.get_close_matches(word.lower(), names, 1, cutoff=0)[0]}"
+
+
+# --- values that cannot work ----------------------------------------------------------------------
+
+AT_LEAST_1 = """steps batch_size accumulate checkpoint_every log_every shapes_train shapes_val
+    shapes_size train_max_size test_size test_max_size fpn_channels mask_branch_channels
+    mask_channels max_mask_locations max_detections""".split()
+AT_MOST_1 = """ema_momentum color_threshold affinity_threshold mask_threshold iou_threshold
+    score_threshold""".split()
 
 
 def validate(config: Config) -> None:
-    """Raise ConfigError, one line that says what to do, for values that cannot be meant."""
+    """Raise ConfigError for the first of the problems."""
+    for problem in problems(config):
+        raise ConfigError(problem)
 
-    def refuse(is_wrong: bool, message: str) -> None:
-        if is_wrong:
-            raise ConfigError(message)
 
+def problems(config: Config) -> Iterator[str]:
+    """A line for each value or combination that cannot work: what it is, and what to do."""
     c = config
+    # numbers on their own; comparisons with NaN are false
     for field, kind in FIELDS.items():
-        if kind in (int, float):
-            value, least = getattr(c, field), 1 if field in _AT_LEAST_1 else 0
-            refuse(not least <= value < math.inf, f"{field} must be {least} or more, got {value}")
-            is_over = field in _AT_MOST_1 and value > 1
-            refuse(is_over, f"{field} must be between 0 and 1, got {value}")
-    refuse(
-        c.batch_size % max(c.accumulate, 1) != 0,
-        f"batch_size={c.batch_size} cannot be taken in accumulate={c.accumulate} equal parts",
-    )
-    refuse(c.lr == 0, "lr is 0, so nothing would be learned")
-    refuse(min(c.train_sizes, default=0) < 1, "train_sizes wants positive short sides")
-    refuse(min(c.train_scales, default=1) <= 0, "train_scales wants positive factors")
-    for name, short, long, is_used in (
-        ("train_max_size", max(c.train_sizes), c.train_max_size, not c.train_scales),
-        ("test_max_size", c.test_size, c.test_max_size, not c.test_scale),
-        ("teacher_max_size", c.teacher_size, c.teacher_max_size, True),
+        value, least = getattr(c, field), 1 if field in AT_LEAST_1 else 0
+        if kind in (int, float) and not least <= value < math.inf:
+            yield f"{field} must be {least} or more, got {value}"
+        if field in AT_MOST_1 and value > 1:
+            yield f"{field} must be between 0 and 1, got {value}"
+    if c.lr == 0:
+        yield "lr is 0, so nothing would be learned"
+    if c.batch_size % c.accumulate:
+        yield f"batch_size={c.batch_size} cannot be taken in accumulate={c.accumulate} equal parts"
+    if list(c.lr_drops) != sorted(c.lr_drops):
+        yield "lr_drops must be in ascending order"
+    if c.fpn_channels % 32 or c.fpn_channels < 64:
+        yield "fpn_channels must be a multiple of 32, 64 at least (the head's GroupNorm)"
+    if c.freeze_at > 2:
+        yield f"freeze_at must be 0, 1 or 2, got {c.freeze_at}"
+
+    # sizes of images: a limit on the long side must not be less than the short side
+    if min(c.train_sizes, default=0) < 1:
+        yield "train_sizes must be short sides of 1 pixel or more"
+    if not all(0 < scale < math.inf for scale in c.train_scales):
+        yield f"train_scales must be factors above 0, got {c.train_scales}"
+    for limit, field, short, is_used in (
+        ("train_max_size", "train_sizes", max(c.train_sizes), not c.train_scales),
+        ("test_max_size", "test_size", c.test_size, not c.test_scale),
+        ("test_max_size", "teacher_size", c.teacher_size, c.mode == "boxteacher"),
     ):
-        message = f"{name}={long} keeps the short side from being {short}: raise {name}"
-        refuse(is_used and short > long, message)
-    small = c.fpn_channels % 32 != 0 or c.fpn_channels < 64
-    refuse(small, "fpn_channels must be a multiple of 32, 64 at least (the head's GroupNorm)")
-    refuse(list(c.lr_drops) != sorted(c.lr_drops), "lr_drops must be in ascending order")
-    from_scratch = not (c.pretrained or c.backbone_weights or c.init)
-    refuse(
-        from_scratch and c.norm == "frozen_bn" and c.backbone.startswith("resnet"),
-        "norm=frozen_bn without pretrained weights would freeze statistics that were never"
-        " measured: use --norm bn or --norm gn",
-    )
-    refuse(
-        from_scratch and c.freeze_at > 0,
-        f"freeze_at={c.freeze_at} without pretrained weights would keep layers at random values:"
-        " use --freeze-at 0",
-    )
-    refuse(
-        c.norm == "gn" and c.pretrained and not c.backbone_weights,
-        "norm=gn does not fit torchvision's weights, which are for batch norm:"
-        " use --norm bn, or from scratch --no-pretrained --freeze-at 0",
-    )
+        if is_used and short > getattr(c, limit):
+            yield f"{limit}={getattr(c, limit)} is less than {field}={short}: raise {limit}"
+
+    # first weights: what is frozen must have some, and they must fit
+    has_weights = c.pretrained or c.backbone_weights or c.init
+    if not has_weights and c.norm == "frozen_bn" and c.backbone.startswith("resnet"):
+        yield "norm=frozen_bn needs pretrained weights: without them use --norm bn or --norm gn"
+    if not has_weights and c.freeze_at > 0:
+        yield f"freeze_at={c.freeze_at} needs pretrained weights: without them use --freeze-at 0"
+    if c.norm == "gn" and c.pretrained and not c.backbone_weights:
+        yield (
+            "norm=gn does not fit torchvision's weights, which are for batch norm:"
+            " use --norm bn, or from scratch --no-pretrained --freeze-at 0"
+        )
     for field in ("stride_in_1x1", "deformable"):
-        message = f"{field} is for bottlenecks: it wants resnet50 or resnet101, not {c.backbone}"
-        refuse(getattr(c, field) and c.backbone not in ("resnet50", "resnet101"), message)
-    refuse(c.freeze_at > 2, f"freeze_at must be 0, 1 or 2, got {c.freeze_at}")
-    refuse(c.resume and bool(c.init), "init starts a run, resume goes on with one: give only one")
+        if getattr(c, field) and c.backbone not in ("resnet50", "resnet101"):
+            yield f"{field} is for bottlenecks: use resnet50 or resnet101, not {c.backbone}"
+    if c.resume and c.init:
+        yield "init starts a run, resume goes on with one: give only one"
 
 
 def warnings(config: Config) -> list[str]:
-    """One line for each thing that is allowed but seldom meant."""
+    """One line for each value that works but is probably a mistake, or that changes another one."""
     c, lines = config, []
+    if c.optimizer == "sgd" and c.batch_size != LR_IMAGES:
+        lines.append(
+            f"lr={c.lr} is for {LR_IMAGES} images: with batch_size={c.batch_size} the learning rate"
+            f" is {c.lr * c.batch_size / LR_IMAGES:g}"
+        )
     if c.mode != "condinst" and 2 * c.weak_warmup_steps > c.steps:
         lines.append(
             f"weak_warmup_steps={c.weak_warmup_steps} is over half of steps={c.steps}:"
-            " with the pairwise loss still warming up, masks stay boxes"
+            " while the pairwise loss warms up, masks stay boxes"
         )
     if 2 * c.warmup_steps > c.steps:
         lines.append(f"warmup_steps={c.warmup_steps} is over half of steps={c.steps}")
@@ -208,84 +244,33 @@ def warnings(config: Config) -> list[str]:
         lines.append(f"lr_drops={c.lr_drops} reaches beyond steps={c.steps}: lr stays high")
     if c.backbone_weights.endswith(".pkl") and c.pixel_format == "rgb":
         lines.append(
-            f"backbone_weights={c.backbone_weights}: detectron2's files mostly want"
-            " --pixel-format bgr, and MSRA's (but for DCN) --stride-in-1x1 too"
+            f"backbone_weights={c.backbone_weights}: detectron2's files mostly need"
+            " --pixel-format bgr, and MSRA's (except for DCN) --stride-in-1x1 too"
         )
     return lines
 
 
-# --- JSON and text ------------------------------------------------------------
+# --- what is kept with a run ----------------------------------------------------------------------
 
 
 def to_json(config: Config) -> str:
-    """The whole configuration, to be kept with the run."""
+    """The whole configuration, as the run's config.json shows it."""
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
-def from_json(text: str, where: str = "configuration") -> Config:
-    """What `to_json` wrote; missing fields take their defaults. Errors name `where`."""
-    try:
-        return from_dict(json.loads(text), where)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{where}: not JSON: {error}") from None
+def from_dict(values: Any, where: str) -> Config:
+    """The inverse of `dataclasses.asdict`. Missing fields take their defaults.
 
-
-def from_dict(values: Any, where: str = "configuration") -> Config:
-    """The same from `dataclasses.asdict`. Types are checked; whether it can be meant is not."""
-    if not isinstance(values, dict):
-        raise ConfigError(f"{where}: wants an object of fields, got a {type(values).__name__}")
-    for field in values:
-        if field not in FIELDS:
-            raise ConfigError(f"{where}: no field {field!r}{_nearest(str(field), FIELDS)}")
+    Names and types are checked, with `where` in the error. `validate` checks the rest.
+    """
     try:
-        return Config(**{field: _typed(field, value) for field, value in values.items()})
+        if not isinstance(values, dict):
+            raise ConfigError(f"no fields by name, but a {type(values).__name__}")
+        for field, value in values.items():
+            if field not in FIELDS:
+                raise ConfigError(f"no field {field!r}{nearest(str(field), FIELDS)}")
+            if from_word(field, as_word(value)) != value:
+                raise ConfigError(f"{field}: {value!r} is of the wrong type")
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
-
-
-def _typed(field: str, value: Any) -> Any:
-    """A word of the command line, or a value from a JSON file, as the field's type."""
-    kind, choices = FIELDS[field], _choices(field)
-    try:
-        if kind is bool:
-            return {"true": True, "false": False}[str(value).lower()]
-        if kind in (int, float):
-            return _number(kind, value)
-        if typing.get_origin(kind) is tuple:
-            items = re.split(r"[,\s]+", value.strip("()[], ")) if isinstance(value, str) else value
-            return tuple(_number(typing.get_args(kind)[0], item) for item in items if item != "")
-        if isinstance(value, str) and (kind is str or value in choices):
-            return value
-    except (ValueError, KeyError, TypeError):
-        pass
-    nearest = _nearest(str(value), choices) if choices else ""
-    raise ConfigError(f"{field} wants {_wanted(field)}, got {value!r}{nearest}")
-
-
-def _number(kind: type, value: Any) -> int | float:
-    number = kind(str(value))  # by way of text, so that 1.5 is no whole number, nor True
-    if not math.isfinite(number):
-        raise ValueError
-    return number
-
-
-def _choices(field: str) -> tuple[str, ...]:
-    kind = FIELDS[field]
-    return typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
-
-
-def _wanted(field: str) -> str:
-    if choices := _choices(field):
-        return "one of " + ", ".join(choices)
-    return {
-        str: "text",
-        bool: "true or false",
-        int: "a whole number",
-        float: "a number",
-        tuple[int, ...]: "whole numbers such as 640,800",
-        tuple[float, ...]: "numbers such as 1.5,2",
-    }[FIELDS[field]]
-
-
-def _nearest(word: str, names: Iterable[str]) -> str:
-    return f"; the nearest is {difflib.get_close_matches(word.lower(), names, 1, cutoff=0)[0]}"
+    return Config(**values)

@@ -1,13 +1,19 @@
-"""The recipes: named differences from `Config()`, each with what is known about its result."""
+"""The recipes: differences from `Config()`, each with what is known of its result."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any, NamedTuple
 
-from .config import Config, ConfigError, _nearest, validate
+from .config import Config, ConfigError, nearest, validate
 
-# The fields in which the published recipes of the three methods differ. `--mode` brings them along.
+
+class Preset(NamedTuple):
+    changes: dict[str, Any]  # differences from Config()
+    evidence: str  # what is known of its result
+
+
+# The fields in which the published recipes of the three methods differ. `--mode` changes them too.
 MODES: dict[str, dict[str, Any]] = {
     "condinst": dict(mask_channels=8, max_mask_locations=500, student_augmentation="none"),
     "boxinst": dict(mask_channels=16, max_mask_locations=64, student_augmentation="none"),
@@ -15,14 +21,10 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-class Preset(NamedTuple):
-    changes: dict[str, Any]  # differences from Config()
-    evidence: str  # what is known about its result
+# --- small: two CPU cores, from scratch -----------------------------------------------------------
 
-
-_SMALL: dict[str, Any] = dict(  # a recipe for two CPU cores, from scratch
+SMALL: dict[str, Any] = dict(
     bottom_rows=0,
-    aspect_grouping=False,
     workers=1,
     backbone="resnet10_half",
     pretrained=False,
@@ -41,30 +43,30 @@ _SMALL: dict[str, Any] = dict(  # a recipe for two CPU cores, from scratch
     clip_grad=1.0,
     weak_warmup_steps=100,
     ema_momentum=0.99,  # 0.999 would average over most of so short a run
-    student_augmentation="none",  # other colors pay in long runs only
+    student_augmentation="none",  # other colors help in long runs only
     teacher_size=0,
     checkpoint_every=500,
 )
 
 PRESETS: dict[str, Preset] = {
     "shapes": Preset(
-        _SMALL
+        SMALL
         | dict(
             dataset="shapes",
             workers=0,  # painting costs less than a process that disturbs two busy cores
-            train_sizes=(160,),  # the teacher sees more, as on COCO
+            train_sizes=(160,),  # smaller than the teacher's images, as on COCO
             train_max_size=160,
             teacher_size=192,
             test_size=192,
             test_max_size=192,
             size_unit=48,
             max_mask_locations=16,
-            weak_warmup_steps=400,  # 100: in some runs large masks stay boxes for ever
+            weak_warmup_steps=400,  # with 100, large masks stay boxes in some runs
         ),
         "here: 43.5, 41.4, 43.6 mask AP, 3 seeds (BoxInst 40.3, 41.3, 43.0; CondInst 54.7)",
     ),
     "nuclei": Preset(
-        _SMALL
+        SMALL
         | dict(
             train_json="../shared/data/nuclei/annotations/boxes_train.json",
             train_images="../shared/data/nuclei/images/train",
@@ -84,59 +86,70 @@ PRESETS: dict[str, Preset] = {
     ),
 }
 
-_PUBLISHED = {  # mask AP on COCO test-dev, and on val where it is known
-    ("condinst", "r50", "1x"): "35.9 AP on test-dev, 36.2 on val",
-    ("condinst", "r50", "3x"): "37.7 AP on test-dev, 37.5 on val",
-    ("boxinst", "r50", "1x"): "30.7 AP on val",
-    ("boxinst", "r50", "3x"): "32.1 AP on test-dev",
-    ("boxteacher", "r50", "1x"): "32.9 AP on test-dev, 32.2 on val (32.6 unaugmented)",
-    ("boxteacher", "r50", "3x"): "35.0 AP on test-dev, 34.8 on val",
-    ("boxteacher", "r101", "3x"): "36.5 AP on test-dev",
-    ("boxteacher", "r101_dcn", "3x"): "37.6 AP on test-dev",
-    ("boxteacher", "swin_b", "3x"): "40.6 AP on test-dev",
-}
-_BACKBONES: dict[str, dict[str, Any]] = {
+
+# --- COCO: the published recipes, on GPUs ---------------------------------------------------------
+
+BACKBONES: dict[str, dict[str, Any]] = {
     "r50": dict(backbone="resnet50"),
     "r101": dict(backbone="resnet101"),
     "r101_dcn": dict(backbone="resnet101", deformable=True),
     "swin_b": dict(backbone="swin_b", optimizer="adamw", lr=1e-4, weight_decay=0.05),
 }
+PUBLISHED = {  # (mode, backbone, schedule): mask AP on COCO
+    ("condinst", "r50", "1x"): "published 35.9 AP on test-dev, 36.2 on val",
+    ("condinst", "r50", "3x"): "published 37.7 AP on test-dev, 37.5 on val",
+    ("condinst", "r101", "1x"): "no published AP known",
+    ("condinst", "r101", "3x"): "no published AP known",
+    ("boxinst", "r50", "1x"): "published 30.7 AP on val",
+    ("boxinst", "r50", "3x"): "published 32.1 AP on test-dev",
+    ("boxinst", "r101", "1x"): "no published AP known",
+    ("boxinst", "r101", "3x"): "no published AP known",
+    ("boxteacher", "r50", "1x"): "published 32.9 AP on test-dev, 32.2 on val (32.6 unaugmented)",
+    ("boxteacher", "r50", "3x"): "published 35.0 AP on test-dev, 34.8 on val",
+    ("boxteacher", "r101", "1x"): "no published AP known",
+    ("boxteacher", "r101", "3x"): "published 36.5 AP on test-dev",
+    ("boxteacher", "r101_dcn", "3x"): "published 37.6 AP on test-dev",
+    ("boxteacher", "swin_b", "3x"): "published 40.6 AP on test-dev",
+}
 
 
-def _coco_preset(mode: str, backbone: str, schedule: str) -> Preset:
-    """The published recipes on COCO: 90k ("1x") or 270k ("3x") steps of 16 images."""
-    changes = {"mode": mode, **_BACKBONES[backbone], **MODES[mode]}
+def coco_changes(mode: str, backbone: str, schedule: str) -> dict[str, Any]:
+    """1x is 90,000 steps of 16 images, 3x is 270,000, with blurred images for BoxTeacher."""
+    changes = {"mode": mode, **BACKBONES[backbone], **MODES[mode]}
     if schedule == "3x":
         changes |= dict(steps=270_000, lr_drops=(210_000, 250_000))
         if mode == "boxteacher":
             changes["student_augmentation"] = "strong_blur"
-    published = _PUBLISHED.get((mode, backbone, schedule), "no number in our sources")
-    return Preset(changes, f"published {published}; here: not run")
+    return changes
 
 
 PRESETS |= {
-    f"coco_{mode}_{backbone}_{schedule}": _coco_preset(mode, backbone, schedule)
-    for mode in MODES
-    for backbone in ("r50", "r101")
-    for schedule in ("1x", "3x")
-}
-PRESETS |= {
-    f"coco_boxteacher_{backbone}_3x": _coco_preset("boxteacher", backbone, "3x")
-    for backbone in ("r101_dcn", "swin_b")
+    "_".join(("coco", *recipe)): Preset(coco_changes(*recipe), f"{published}; here: not run")
+    for recipe, published in PUBLISHED.items()
 }
 
 
-def from_preset(name: str, **given: Any) -> Config:
-    """A preset with the `given` fields in place of its own, checked.
+# --- from a preset to a configuration -------------------------------------------------------------
 
-    Some fields follow others, unless given too. `mode` brings what its published recipe has other
-    than that of the preset's mode (MODES). `steps` moves lr_drops in proportion and, where it
-    shortens the run, shortens both warm-ups likewise: while the weak losses are still warming up,
-    masks stay boxes.
+
+def from_preset(preset: str, **given: Any) -> Config:
+    """The configuration of a preset, with the `given` fields replaced. It is checked.
+
+    Some fields follow others, unless they are given too. `mode` changes those in which its
+    published recipe differs from that of the preset's mode (MODES). `steps` moves `lr_drops` in
+    proportion. If it makes the run shorter, it also makes both warm-ups shorter, because masks stay
+    boxes while the weak losses warm up.
     """
-    if name not in PRESETS:
-        raise ConfigError(f"no preset {name!r}{_nearest(name, PRESETS)} (--list shows all)")
-    config = dataclasses.replace(Config(preset=name), **PRESETS[name].changes)
+    if preset not in PRESETS:
+        raise ConfigError(f"no preset {preset!r}{nearest(preset, PRESETS)} (--list shows all)")
+    config = dataclasses.replace(Config(preset=preset), **PRESETS[preset].changes)
+    files = [f for f in ("train_json", "train_images", "val_json", "val_images") if f in given]
+    if files and given.get("dataset", config.dataset) == "shapes":
+        raise ConfigError(
+            f"{files[0]}: preset {preset} generates its images and reads no files;"
+            " start from preset nuclei (small) or coco_boxteacher_r50_1x (GPUs)"
+        )
+
     follow: dict[str, Any] = {}
     if given.get("mode", config.mode) != config.mode:
         old, new = MODES[config.mode], MODES[given["mode"]]
@@ -147,11 +160,5 @@ def from_preset(name: str, **given: Any) -> Config:
         for field in ("warmup_steps", "weak_warmup_steps"):
             follow[field] = getattr(config, field) * shorter // config.steps
     config = dataclasses.replace(config, **(follow | given))
-    files = [f for f in ("train_json", "train_images", "val_json", "val_images") if f in given]
-    if files and config.dataset == "shapes":
-        raise ConfigError(
-            f"{files[0]}: preset {name} generates its images and reads no files;"
-            " start from preset nuclei (small) or coco_boxteacher_r50_1x (GPUs)"
-        )
     validate(config)
     return config

@@ -9,7 +9,6 @@ checkpoint into one of ours, or one of ours into a published one.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import re
 import sys
@@ -25,7 +24,7 @@ from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 from torchvision.ops import box_iou
 
 from .checkpoint import FORMAT, CheckpointError, check_fit, load_weights, read_file, save_checkpoint
-from .command_line import read_options
+from .command_line import Parser
 from .config import Config
 from .data import Batch
 from .errors import run
@@ -477,12 +476,10 @@ def label_boxes_as_published(
 
 def main(argv: Sequence[str]) -> None:
     usage = "python -m boxteacher.published IN OUT [--preset NAME] [--field value ...]"
-    parser = argparse.ArgumentParser(usage=usage, description=__doc__, allow_abbrev=False)
+    parser = Parser(usage, __doc__)
     parser.add_argument("source", metavar="IN", help="a published checkpoint, or one of ours")
     parser.add_argument("target", metavar="OUT", help="the file to write")
-    options, fields = parser.parse_known_args(argv)
-    given = read_options(fields)
-
+    options, given = parser.read(argv)
     source, target = options.source, options.target
     content = read_file(source)
     if content.get("format") == FORMAT:

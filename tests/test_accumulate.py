@@ -17,7 +17,7 @@ torch.set_num_threads(1)
 
 # One image, never flipped: all parts have the same normalizers, so their losses' mean is the
 # whole's. Group norm, since batch norm's statistics are each part's own.
-SAME = """shapes --shapes-train 1 --flip false --norm gn --mask-norm gn --shapes-size 64
+SAME = """shapes --shapes-train 1 --no-flip --norm gn --mask-norm gn --shapes-size 64
     --train-sizes 64 --train-max-size 64 --test-size 64 --test-max-size 64 --shapes-val 1
     --fpn-channels 64 --tower-convs 1 --mask-branch-channels 16 --mask-branch-convs 1 --device cpu
     --workers 0 --batch-size 4 --steps 3 --log-every 1 --checkpoint-every 2 --optimizer sgd

@@ -95,9 +95,13 @@ def test_files_are_decoded_where_there_are_none(tmp_path):
         ("--size axb", "--size"),
         ("--dtype float16", "bfloat16"),
         ("--only everything", "inference"),
-        ("--batch 0", "--batch"),
-        ("--lr x", "lr wants"),
-        ("--batc 1", "--batch"),
+        ("--batch 0", "batch_size must be 1 or more"),
+        ("--lr x", "lr: 'x' is not a number"),
+        ("--batc 1", "nearest is --batch"),
+        ("--siz 3", "nearest is --size"),
+        ("--steps -1", "steps must"),
+        ("--boxes 0", "--boxes must be 1 or more"),
+        ("shape", "nearest is shapes"),
     ],
 )
 def test_bad_options_end_with_one_line(words, complaint):

@@ -107,10 +107,11 @@ def test_other_classes_are_refused(folder, monkeypatch, capsys):
 @pytest.fixture(scope="module")
 def last(tmp_path_factory):
     argv = ["shapes", "--shapes-val=3", "--fpn-channels=64", "--device=cpu", "--workers=0"]
-    cfg = parse([*argv, "--pre-nms-threshold=0"])
+    cfg = parse(argv)
     val_set = make_val_set(cfg)
     torch.manual_seed(0)
     model = build_model(cfg, len(val_set.class_names))
+    torch.nn.init.zeros_(model.head.class_logits.bias)  # p = 0.5, so that it detects something
     state = {
         "config": dataclasses.asdict(cfg),
         "class_names": val_set.class_names,
@@ -135,18 +136,42 @@ def test_our_checkpoint(last, monkeypatch, capsys, tmp_path):
     assert (tmp_path / "new" / "last_student_results.json").is_file()
 
 
+def test_other_sizes_than_the_teacher_had(last, monkeypatch, capsys, tmp_path):
+    sizes = ["--test-size", "160", "--test-max-size", "160"]  # less than teacher_size
+    run(monkeypatch, capsys, "--checkpoint", last, *sizes, "--out", tmp_path)
+    assert (tmp_path / "last_teacher_results.json").is_file()
+
+
+def test_help_begins_with_the_options_of_the_program(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as done:
+        run(monkeypatch, capsys, "--help")
+    shown = capsys.readouterr().out
+    assert done.value.code == 0
+    assert shown.startswith("usage: evaluate.py (--checkpoint FILE | --published FILE)")
+    assert {"--checkpoint", "--published", "--student"} <= set(shown.split())
+    assert len(shown.splitlines()) < 30
+
+
 @pytest.mark.parametrize(
     ("argv", "error", "words"),
     [
+        ([], ConfigError, "give either --checkpoint FILE or --published FILE"),
         (["--student"], ConfigError, "give either --checkpoint FILE or --published FILE"),
-        (["--checkpoint"], ConfigError, "give either"),
-        (["--checkpoint", "a.pt", "--published", "b.pth"], ConfigError, "give either"),
+        (["--checkpoint"], ConfigError, "--checkpoint: expected one value"),
+        (["--checkpoint", "a.pt", "--published", "b.pth"], ConfigError, "not allowed with"),
+        (
+            ["--checkpint", "a.pt"],
+            ConfigError,
+            "no option --checkpint; the nearest is --checkpoint",
+        ),
         (["--checkpoint", "none.pt"], CheckpointError, "none.pt"),
         (["--published", "none.pth"], CheckpointError, "none.pth: no such checkpoint file"),
         (["--checkpoint", "LAST", "--preset", "shapes"], ConfigError, "has its own"),
         (["--checkpoint", "LAST", "--val-json", "a.json"], ConfigError, "add --dataset coco"),
         (["--checkpoint", "LAST", "--backbone", "resnet34"], CheckpointError, "missing"),
         (["--checkpoint", "LAST", "--sizes", "1"], ConfigError, "no option --sizes"),
+        (["--checkpoint", "LAST", "--mode", "boxinstt"], ConfigError, "nearest is boxinst"),
+        (["shapes", "--checkpoint", "LAST"], ConfigError, "no option shapes"),
     ],
 )
 def test_errors_are_one_line(last, monkeypatch, capsys, argv, error, words):

@@ -1,10 +1,10 @@
 """How fast it is, where the time goes, and how far that is from what the machine could do.
 
-    python -m boxteacher.tools.benchmark [PRESET] [--field value ...] [--batch B] [--size HxW]
-        [--boxes G] [--steps N] [--only data|inference|train] [--profile trace.json]
+    python -m boxteacher.tools.benchmark [PRESET] [--batch B] [--size HxW] [--field value ...]
 
 Measures data loading alone, inference, and the training step with its parts; prints one JSON line
-for each and a table. Fields are those of train.py (`--teacher-size 0`, `--device cpu`, ...).
+for each and a table. Fields are those of train.py (`--teacher-size 0`, `--device cpu`, ...), but
+`--steps N` is the number of steps to measure (3, on a GPU 20).
 
 Weights are random, with biases that let the network detect something everywhere. Some of what the
 teacher detects are the boxes to learn from, so there are pseudo masks to make. The learning rate is
@@ -37,13 +37,14 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from boxteacher.coco import DataError
-from boxteacher.command_line import parse
+from boxteacher import errors
+from boxteacher.command_line import Parser, split_preset
 from boxteacher.config import Config, ConfigError
 from boxteacher.data import Batch, Sample, collate, make_train_loader, make_train_set
 from boxteacher.distributed import init_distributed
 from boxteacher.losses import box_masks
 from boxteacher.model import CondInst, fit_boxes, resize_images
+from boxteacher.presets import from_preset
 from boxteacher.shapes import CLASS_NAMES, load_shapes_image, make_shapes_coco
 
 PARTS = ("data", "inference", "train")
@@ -244,30 +245,24 @@ def count_flops(state: train.State, batch: Batch) -> dict[str, float]:
 
 
 def read_arguments(argv: Sequence[str]) -> tuple[Config, argparse.Namespace]:
-    """The benchmark's own options; the rest is a configuration, as for train.py."""
+    """The configuration, and the benchmark's own options."""
 
-    def size(text: str) -> tuple[int, int]:
+    def height_x_width(text: str) -> tuple[int, int]:
         height, width = (max(int(side), 32) for side in text.split("x"))
         return height, width
 
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--size", type=size, default=(512, 640))
-    parser.add_argument("--boxes", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=0)
-    parser.add_argument("--only", choices=PARTS)
-    parser.add_argument("--profile", default="")
-    try:
-        options, rest = parser.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise ConfigError(str(error)) from None
-    if "--help" in rest or "-h" in rest:
-        print(__doc__, "Fields and presets: python train.py --help, --list", sep="\n")
-        raise SystemExit(0)
-    cfg = parse(rest if rest and not rest[0].startswith("-") else ["coco_boxteacher_r50_1x", *rest])
-    if options.batch < 1 or options.boxes < 1 or options.steps < 0:
-        raise ConfigError("--batch and --boxes want 1 or more, --steps 0 or more")
-    return dataclasses.replace(cfg, batch_size=options.batch), options
+    preset, words = split_preset(argv, default="coco_boxteacher_r50_1x")
+    parser = Parser("python -m boxteacher.tools.benchmark [PRESET] [--field value ...]", __doc__)
+    add = parser.add_argument
+    add("--batch", dest="batch_size", type=int, metavar="B", help="images (2)")
+    add("--size", type=height_x_width, default=(512, 640), metavar="HxW", help="pixels (512x640)")
+    add("--boxes", type=int, default=8, metavar="G", help="boxes of each image (8)")
+    add("--only", choices=PARTS, help="measure only this")
+    add("--profile", default="", metavar="FILE", help="write a Chrome trace of one step")
+    options, given = parser.read(words)
+    if options.boxes < 1:
+        raise ConfigError(f"--boxes must be 1 or more, got {options.boxes}")
+    return from_preset(**({"preset": preset, "batch_size": 2} | given)), options
 
 
 def show_table(results: dict[str, dict[str, Any]], peak: float) -> str:
@@ -333,7 +328,4 @@ def main(argv: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ConfigError, DataError) as error:
-        sys.exit(f"error: {error}")
+    errors.run(lambda: main(sys.argv[1:]))
