@@ -17,7 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .config import from_dict
 from .errors import UserError
+from .model import CondInst, build_model
 
 FORMAT = "boxteacher-1"  # the entry "format" of every checkpoint of this program
 
@@ -65,6 +67,15 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if state.pop("format", None) != FORMAT:
         raise CheckpointError(f"{path}: a PyTorch file, but not a checkpoint of this program")
     return state
+
+
+def load_model(path: str | Path, device: str = "cpu") -> tuple[CondInst, list[str]]:
+    """The network of a checkpoint, the teacher where there is one, ready to predict; and the names
+    of its classes."""
+    state = load_checkpoint(path)
+    model = build_model(from_dict(state["config"], str(path)), len(state["class_names"]))
+    load_weights(model, state["teacher"] or state["student"], str(path))
+    return model.to(device).eval(), state["class_names"]
 
 
 # --- any file of weights --------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import copy
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from .data import Batch
 from .distributed import reduce_mean
 from .mask_head import MaskBranch, aligned_upsample, dynamic_mask_logits, num_dynamic_params
 from .pseudo_labels import assign_to_boxes, mask_aware_scores, take_assigned
-from .transforms import resized_size
+from .transforms import View, resized_size
 
 PIXELS = {  # means (0..255) and deviations of the channels that a backbone's weights expect
     "rgb": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
@@ -273,6 +274,16 @@ class CondInst(nn.Module):
                 scores = (scores * torch.cat(means)).sqrt()
             results.append(Instances(boxes, scores, found.labels[is_box], torch.cat(masks)))
         return results
+
+    def predict_image(self, image: np.ndarray) -> Instances:
+        """Detect in one image, uint8 RGB [h, w, 3], resized as for evaluation. The results are in
+        the image's own pixels. Call `eval()` before."""
+        cfg, size = self.cfg, image.shape[:2]
+        resized = resized_size(*size, cfg.test_size, cfg.test_max_size, cfg.test_scale)
+        view = View(size, resized, (0, 0, *resized), flip=False)
+        pixels = torch.tensor(view.image(image), device=self.pixel_mean.device).permute(2, 0, 1)
+        padded = F.pad(pixels, (0, -resized[1] % 32, 0, -resized[0] % 32))
+        return self.predict(padded[None], [resized], [size])[0]
 
     def detect(self, encoded: Encoded) -> list[fcos.Detections]:
         limit = self.cfg.max_detections

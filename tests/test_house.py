@@ -42,11 +42,11 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     ),
     # the method
     "model": (
-        {"torch", "torchvision"},
+        {"torch", "torchvision", "numpy"},
         ALONE | {"config", "data", "distributed", "transforms"},
     ),
     # around it
-    "checkpoint": ({"torch", "numpy"}, {"errors"}),
+    "checkpoint": ({"torch", "numpy"}, {"config", "errors", "model"}),
     "published": (
         {"torch", "torchvision", "numpy"},
         {"checkpoint", "command_line", "config", "errors", "presets"}

@@ -15,6 +15,7 @@ from boxteacher.mask_head import aligned_upsample, dynamic_mask_logits
 from boxteacher.model import PseudoMasks, build_model, fit_boxes
 from boxteacher.presets import from_preset
 from boxteacher.shapes import make_shapes_image
+from boxteacher.transforms import View, resized_size
 
 torch.set_num_threads(1)
 torch.set_flush_denormal(True)
@@ -616,6 +617,21 @@ def test_masks_of_many_detections_do_not_depend_on_how_many_are_made_at_a_time(m
     assert len(at_once.scores) == 20
     assert torch.allclose(at_once.scores, in_parts.scores)
     assert torch.equal(at_once.masks, in_parts.masks)
+
+
+def test_one_image_is_predicted_as_the_data_set_would_have_it():
+    """Resized to the test size, and the results in its own pixels."""
+    model = make_model(test_size=80, test_max_size=96).eval()
+    image = make_shapes_image(3, 0, 100)[0][:70]
+    assert resized_size(70, 100, 80, 96) == (67, 96)
+    view = View((70, 100), (67, 96), (0, 0, 67, 96), flip=False)
+    padded = torch.zeros(1, 3, 96, 96, dtype=torch.uint8)
+    padded[0, :, :67] = torch.from_numpy(view.image(image).copy()).permute(2, 0, 1)
+    expected = model.predict(padded, [(67, 96)], [(70, 100)])[0]
+    found = model.predict_image(image)
+    assert len(found.scores) > 3
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_no_detections_and_empty_masks_are_ordinary_results():

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from boxteacher.checkpoint import load_checkpoint, save_checkpoint
+from boxteacher.checkpoint import load_checkpoint, load_model, save_checkpoint
 from boxteacher.coco_eval import encode_masks
 from boxteacher.command_line import parse
 from boxteacher.model import build_model
@@ -162,6 +162,15 @@ def test_the_checkpoint_holds_what_evaluation_and_prediction_need(finished):
         not torch.equal(checkpoint["teacher"][name], value)
         for name, value in checkpoint["student"].items()
     )
+
+
+def test_a_model_is_loaded_from_a_checkpoint_alone(finished):
+    model, class_names = load_model(finished[1] / "last.pt")
+    checkpoint = load_checkpoint(finished[1] / "last.pt")
+    assert class_names == checkpoint["class_names"]
+    assert_close(model.state_dict(), checkpoint["teacher"], rtol=0, atol=0)
+    found = model.predict_image(make_shapes_image(0, 0, 64)[0])
+    assert found.masks.shape[1:] == (64, 64)
 
 
 def test_the_contact_sheet_is_a_picture_of_four_columns(finished):
