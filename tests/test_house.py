@@ -55,7 +55,10 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "coco_eval": ({"torch", "numpy", "pycocotools", "tqdm"}, {"data", "distributed", "errors"}),
     "guard": ({"torch"}, {"distributed", "errors"}),
     "visualize": ({"torch", "numpy", "PIL"}, set()),
-    "reporting": ({"torch", "tqdm", "PIL"}, {"data", "distributed", "model", "visualize"}),
+    "reporting": (
+        {"torch", "tqdm", "PIL"},
+        {"config", "data", "distributed", "model", "visualize"},
+    ),
 }
 TOP_LEVEL = {
     *("boxteacher", "tests", "docs", "train.py", "evaluate.py"),
