@@ -11,6 +11,7 @@ import dataclasses
 import math
 import sys
 import time
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -158,25 +159,14 @@ def train(
     full_lr = cfg.lr * (cfg.batch_size / cfg.lr_batch_size if cfg.optimizer == "sgd" else 1)
     rank, world_size = distributed.rank(), distributed.world_size()
     batch_size_per_rank = cfg.batch_size // world_size
-    batches = make_train_loader(
-        train_set,
-        batch_size_per_rank=batch_size_per_rank,
-        steps=cfg.steps,
-        start_step=state.step,
-        seed=cfg.seed,
-        rank=rank,
-        world_size=world_size,
-        workers=cfg.workers,
-        aspect_grouping=cfg.aspect_grouping,
-        parts=cfg.accumulate,
-    )
+    batches = make_train_loader(train_set, cfg, state.step, rank, world_size)
     autocast = torch.autocast(device.type, torch.bfloat16, cfg.dtype == "bfloat16")
     colors = torch.Generator()
     log = RunLog(out / "metrics.jsonl", state.step, cfg.steps, cfg.log_every, cfg.batch_size)
     tables: dict[str, Any] = {}
     verdict: Verdict | None = None  # on the step before
 
-    for number, batch in enumerate(batches, state.step * cfg.accumulate):
+    for number, batch in enumerate(chain.from_iterable(batches), state.step * cfg.accumulate):
         step, part = divmod(number, cfg.accumulate)  # of the parts that a step's images come in
         is_last_part = part == cfg.accumulate - 1
         batch = batch.to(device)

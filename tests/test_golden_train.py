@@ -4,7 +4,6 @@ Losses agree to 1e-6 (the published focal loss and pseudo-label weights stayed f
 norms to 2e-5: a ReLU or maximum within rounding of its edge may fall on the other side.
 """
 
-import dataclasses
 import functools
 from types import SimpleNamespace
 
@@ -262,7 +261,7 @@ def test_published_boxinst_samples_round_the_rasterized_box(source):
         for g in step.batch.valid[n].nonzero().flatten():
             inside = box_masks(step.batch.boxes[n, g], height, width, stride=1)
             centers[n, g] = inside.nonzero().float().mean(0).flip(0)
-    batch = dataclasses.replace(step.batch, centers=centers)
+    batch = step.batch._replace(centers=centers)
     with torch.no_grad():
         losses, _ = step.model(step.images, batch, WEAK_FACTOR)
     assert_losses(losses, golden, "c")

@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     # data
     "distributed": ({"torch"}, {"errors"}),
     "coco": ({"numpy", "PIL"}, {"errors"}),
-    "transforms": ({"torch", "torchvision", "numpy", "PIL", "pycocotools"}, set()),
+    "transforms": ({"torch", "torchvision", "numpy", "PIL", "pycocotools"}, {"coco"}),
     "data": (
         {"torch", "numpy"},
         {"coco", "config", "shapes", "transforms"},

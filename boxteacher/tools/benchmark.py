@@ -163,8 +163,8 @@ def measure_data(cfg: Config, steps: int) -> dict[str, Any]:
             source = "64 synthetic JPEGs of 560x560"
             cfg = dataclasses.replace(cfg, **make_jpegs(Path(folder)))
         warmup = 1 + 2 * cfg.workers  # what workers prepare before the first batch is asked for
-        order = (warmup + steps, 0, cfg.seed, 0, 1, cfg.workers, cfg.aspect_grouping)
-        batches = make_train_loader(make_train_set(cfg), cfg.batch_size, *order)
+        cfg = dataclasses.replace(cfg, steps=warmup + steps, accumulate=1)
+        batches = make_train_loader(make_train_set(cfg), cfg)
         moments = [time.perf_counter() for _ in batches]
     seconds = (moments[-1] - moments[warmup - 1]) / steps
     rate = {"seconds": seconds, "images_per_s": cfg.batch_size / seconds}
