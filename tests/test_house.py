@@ -51,7 +51,10 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "numpy"},
         {"checkpoint", "command_line", "config", "errors", "model", "presets"},
     ),
-    "coco_eval": ({"torch", "numpy", "pycocotools", "tqdm"}, {"data", "distributed", "errors"}),
+    "coco_eval": (
+        {"torch", "numpy", "pycocotools", "tqdm"},
+        {"coco", "data", "distributed", "errors", "model"},
+    ),
     "visualize": ({"torch", "numpy", "PIL"}, set()),
     "reporting": ({"torch", "tqdm", "PIL"}, {"data", "distributed", "model", "visualize"}),
 }
