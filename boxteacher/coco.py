@@ -1,4 +1,4 @@
-"""Files in COCO's format, read and checked: the JSON and its images."""
+"""Files in COCO's format, read and checked: the JSON, its run-length codes and its images."""
 
 from __future__ import annotations
 
@@ -15,14 +15,18 @@ from PIL import Image, ImageOps
 
 from .errors import UserError
 
-# COCO train2017 has two boxes of height 0 (github.com/cocodataset/cocoapi/issues/355), left out
-# here; all other empty boxes are refused.
+# COCO train2017 has two boxes of height 0 (github.com/cocodataset/cocoapi/issues/355). They are
+# left out. All other empty boxes are refused.
 KNOWN_EMPTY_BOXES = {(200365, 296.65, 388.33), (550395, 9.98, 188.56)}  # image id, x, y
 EXIF_ORIENTATION = 0x0112
 
 
 class DataError(UserError):
     """Data that cannot be used. The message is one line: file, entry and field, what to do."""
+
+    def __init__(self, message: str) -> None:
+        # A DataLoader makes a worker's error anew from its whole traceback. The last line counts.
+        super().__init__(message.splitlines()[-1].removeprefix(f"{__name__}.DataError: "))
 
 
 @contextmanager
@@ -35,43 +39,33 @@ def explain(what: str, remedy: str) -> Iterator[None]:
         raise DataError(f"{what} cannot be read ({reason}); {remedy}") from None
 
 
-def check_size(image: np.ndarray, entry: dict, name: str) -> None:
-    height, width = image.shape[:2]
-    if (width, height) != (entry["width"], entry["height"]):
-        raise DataError(
-            f"{name}: image id {entry['id']} ({entry['file_name']}): fields 'width' and 'height' "
-            f"say {entry['width']}x{entry['height']}, the image (upright, if EXIF rotates it) has "
-            f"{width}x{height} pixels; correct them, and boxes made for another size"
-        )
-
-
 # --- reading and checking -------------------------------------------------------------------------
 
 
-def read_coco(json_path: str | Path, images_dir: str | Path, check_images: bool = True) -> dict:
-    """Read a COCO instances JSON and check it. Masks ("segmentation") are optional.
+def read_coco(json_path: str | Path, images_dir: str | Path) -> dict:
+    """Read a COCO instances JSON and check it and its images. Masks ("segmentation") are optional.
 
-    check_images: all files must exist, and the sizes in their headers must be the JSON's. Sizes
-    are read of all images if there are at most 2000, else of the first 200; the others are
-    checked when they are loaded. Returns the dict, with "json_path" added for later messages.
+    All image files must exist, and their headers must have the JSON's sizes. Headers are read of
+    all images if there are at most 2000, else of the first 200. The other images are checked when
+    they are loaded. Returns the dict, with "json_path" added for later messages.
     """
-    name, images_dir = str(json_path), Path(images_dir)
+    name = str(json_path)
     with explain(name, "give a JSON file in COCO's format"):
         coco = json.loads(Path(json_path).read_bytes())
     check_coco(coco, name)
-    if check_images:
-        _check_files(coco, name, images_dir)
+    _check_files(coco, name, Path(images_dir))
     return {**coco, "json_path": name}
 
 
 def check_coco(coco: dict, name: str) -> None:
-    """Raise DataError unless `coco` is a usable COCO dict; `name`, its file, opens the message."""
+    """Raise DataError unless `coco` is a usable COCO dict. `name`, its file, opens the message."""
     for problem in _problems(coco):
         raise DataError(f"{name}: {problem}")
 
 
 def _problems(coco: object) -> Iterator[str]:
     """What is wrong, one line each. Only the first counts: each check relies on those above it."""
+    # The three lists, each with ids of its own.
     if not isinstance(coco, dict):
         yield f"the top level is a {type(coco).__name__}; expected an object in COCO's format"
     ids: dict[str, dict[int, dict]] = {}
@@ -86,6 +80,8 @@ def _problems(coco: object) -> Iterator[str]:
             if entry["id"] in ids[key]:
                 yield f"{where}: {entry['id']} is a duplicate; give each entry its own number"
             ids[key][entry["id"]] = entry
+
+    # Each image has a file and a size, each category a name of its own.
     for image in coco["images"]:
         where = f"image id {image['id']}: field"
         if not isinstance(image.get("file_name"), str) or not image["file_name"]:
@@ -102,6 +98,8 @@ def _problems(coco: object) -> Iterator[str]:
         if value in names:
             yield f"{where}: {value!r} is a duplicate; give each category its own name"
         names.add(value)
+
+    # Each annotation belongs to an image and a category. Its box and mask fit the image.
     for annotation in coco["annotations"]:
         where = f"annotation id {annotation['id']}: field"
         for field, key in (("image_id", "images"), ("category_id", "categories")):
@@ -109,8 +107,8 @@ def _problems(coco: object) -> Iterator[str]:
                 yield f"{where} '{field}': no such id in '{key}': {short_repr(value)}; correct it"
         image = ids["images"][annotation["image_id"]]
         if problem := _box_problem(annotation.get("bbox"), image):
-            found = f"(image id {image['id']}) {problem}; correct it or remove the annotation"
-            yield f"{where} 'bbox' {found}"
+            what = f"'bbox' (image id {image['id']}) {problem}"
+            yield f"{where} {what}; correct it or remove the annotation"
         if problem := _mask_problem(annotation.get("segmentation"), image):
             yield f"{where} 'segmentation' {problem}; correct it, or remove it to use the box alone"
 
@@ -130,8 +128,7 @@ def _box_problem(box: object, image: dict) -> str:
 
 
 def _mask_problem(segmentation: object, image: dict) -> str:
-    """Like _box_problem, for nothing, polygons [[x, y, ...], ...] or an RLE {"size", "counts"}."""
-    size = [image["height"], image["width"]]
+    """Like _box_problem, for nothing, polygons [[x, y, ...], ...] or a run-length code."""
     if isinstance(segmentation, list):
         for polygon in segmentation:
             is_list = isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0
@@ -141,11 +138,13 @@ def _mask_problem(segmentation: object, image: dict) -> str:
         counts = segmentation.get("counts") if isinstance(segmentation, dict) else None
         if not isinstance(counts, (str, list)):
             return "is neither polygons nor a run-length code"
+        size = [image["height"], image["width"]]
         if segmentation.get("size") != size:
             return f"has size {short_repr(segmentation.get('size'))}, its image {size} (h, w)"
-        is_whole = isinstance(counts, str) or all(_is_int(n) and n >= 0 for n in counts)
-        if not is_whole or (isinstance(counts, list) and sum(counts) != math.prod(size)):
-            return "has counts that do not add up to its image's pixels"
+        try:
+            run_lengths(segmentation)
+        except ValueError as error:
+            return f"has {error}"
     return ""
 
 
@@ -166,7 +165,7 @@ def _check_files(coco: dict, name: str, images_dir: Path) -> None:
         raise DataError(
             f"{images_dir / missing[0]['file_name']}: no such file (image id {missing[0]['id']}, "
             f"field 'file_name' in {name}); {len(missing)} of {len(images)} images are missing: "
-            f"add them, or give their directory"
+            "add them, or give their directory"
         )
     for entry in images if len(images) <= 2000 else images[:200]:
         path = images_dir / entry["file_name"]
@@ -178,6 +177,67 @@ def _check_files(coco: dict, name: str, images_dir: Path) -> None:
             check_size(_load_image(images_dir, entry), entry, name)
 
 
+# --- run-length codes -----------------------------------------------------------------------------
+
+
+def run_lengths(code: dict) -> np.ndarray:
+    """The runs of a run-length code {"size": [h, w], "counts": ...}, int64 [R].
+
+    Runs go down the columns of the mask, off and on in turn, off first. "counts" is their list, or
+    COCO's text. Each character of the text (its code less 48) has five bits of a number, low bits
+    first. Its sixth bit says that the number goes on. Numbers are signed. From the fourth on, a
+    number is the difference to the run before the last one.
+
+    Raises ValueError unless the runs fill the h*w pixels exactly. pycocotools does not check this:
+    it leaves pixels uninitialized or never returns.
+    """
+    counts, pixels = code["counts"], math.prod(code["size"])
+    if isinstance(counts, list):
+        if not all(_is_int(run) and 0 <= run <= pixels for run in counts):
+            raise ValueError("counts that are not the lengths of runs")
+        runs = np.array(counts, dtype=np.int64)
+    else:
+        text = counts.encode() if isinstance(counts, str) else counts
+        bits = np.frombuffer(text, dtype=np.uint8).astype(np.int64) - 48
+        # Where each number ends and starts, and how many characters it has (at most 6).
+        last = np.flatnonzero(bits < 32)
+        first = np.concatenate([[0], last + 1])
+        length = np.diff(first)
+        is_whole = first[-1] == len(bits) and length.max(initial=0) <= 6
+        if not is_whole or (bits < 0).any() or (bits > 63).any():
+            raise ValueError("counts that are not a run-length code")
+        # The sum of a number's bits, each in its place. The highest bit is the sign.
+        place = 5 * (np.arange(len(bits)) - np.repeat(first[:-1], length))
+        runs = np.add.reduceat((bits & 31) << place, first[:-1])
+        runs -= (bits[last] & 16) << (5 * length - 4)
+        # From differences to runs.
+        runs[1::2] = runs[1::2].cumsum()
+        runs[2::2] = runs[2::2].cumsum()
+    if (runs < 0).any() or runs.sum() != pixels:
+        raise ValueError(f"counts that do not add up to its {pixels} pixels")
+    return runs
+
+
+def decode_mask(code: dict) -> np.ndarray:
+    """The mask of a run-length code: bool [h, w]. ValueError if the code is broken."""
+    height, width = code["size"]
+    runs = run_lengths(code)
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
+
+
+# --- image files ----------------------------------------------------------------------------------
+
+
+def check_size(image: np.ndarray, entry: dict, name: str) -> None:
+    height, width = image.shape[:2]
+    if (width, height) != (entry["width"], entry["height"]):
+        raise DataError(
+            f"{name}: image id {entry['id']} ({entry['file_name']}): fields 'width' and 'height' "
+            f"say {entry['width']}x{entry['height']}, the image (upright, if EXIF rotates it) has "
+            f"{width}x{height} pixels; correct them, and boxes made for another size"
+        )
+
+
 def image_loader(images_dir: str | Path) -> Callable[[dict], np.ndarray]:
     """A function from an image entry to its file's pixels, upright, RGB uint8 [h, w, 3]."""
     return functools.partial(_load_image, Path(images_dir))
@@ -186,9 +246,9 @@ def image_loader(images_dir: str | Path) -> Callable[[dict], np.ndarray]:
 def _load_image(images_dir: Path, entry: dict) -> np.ndarray:
     """Any PIL mode as RGB: EXIF rotation applied, the first of several frames.
 
-    Alpha is dropped, not composed, as COCO recipes do: the colors under it stay. 16 bits become
-    8 by 255/65535 (so stretch 12-bit images beforehand); mode I is taken for 16 bits if a value
-    is over 255, for 8 otherwise. Floating point has no agreed range and is refused.
+    Alpha is dropped, as COCO recipes do: the colors under it stay. 16 bits become 8 by 255/65535,
+    so stretch 12-bit images beforehand. Mode I counts as 16 bits if a value is over 255, else as 8.
+    Floating point has no agreed range and is refused.
     """
     path = images_dir / entry["file_name"]
     with explain(str(path), "replace it, or remove it from the JSON"), Image.open(path) as file:

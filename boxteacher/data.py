@@ -2,18 +2,19 @@
 
     checked dict -> CocoDataset (load, crop, resize, flip) -> collate -> Batch
 
-N images · G boxes of an image · H, W the padded images · h, w an image without its padding
-Boxes are xyxy in pixels of the resized image; labels are 0..C-1 in the order of the category ids.
-All chance in a sample comes from a key that travels with its index, never from worker or rank.
+N images · G boxes of an image · h, w pixels of an image · H, W pixels of the padded images
+H4, W4 the grid of stride 4 over the padded images
+
+Boxes are xyxy in pixels of the resized image. Labels are 0..C-1 in the order of the category ids.
+A sample's random choices depend on (seed, index, key) alone, not on the worker or the rank.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,9 +29,8 @@ from .transforms import Geometry, View, draw_view
 # --- samples and batches --------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One image of a Batch without any padding; the fields are the Batch's."""
+class Sample(NamedTuple):
+    """One image of a Batch, without any padding. The fields are the Batch's."""
 
     image: Tensor
     boxes: Tensor
@@ -43,38 +43,33 @@ class Sample:
     original_size: tuple[int, int]
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
+    """Images and what is known about them, padded to one size and one number of boxes."""
+
     images: Tensor  # uint8 [N, 3, H, W] RGB, zeros right and below; H and W multiples of 32
     sizes: list[tuple[int, int]]  # (h, w) of each image
     boxes: Tensor  # float32 [N, G, 4]; G is 8, 16, 32, ...
     labels: Tensor  # int64 [N, G]
     valid: Tensor  # bool [N, G]: which of the G are boxes
     centers: Tensor  # float32 [N, G, 2] (x, y) for center sampling: box center or mask centroid
-    masks: Tensor | None  # bool [N, G, H/4, W/4]: true masks at [2::4, 2::4]
+    masks: Tensor | None  # bool [N, G, H4, W4]: true masks at [2::4, 2::4]
     has_mask: Tensor | None  # bool [N, G]: which boxes have a true mask
-    cut_rows: list[int]  # bottom rows of each image that color similarity takes for outside
+    cut_rows: list[int]  # bottom rows of each image that count as outside for color similarity
     image_ids: list[int]
 
-    def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> Batch:  # the DataLoader looks for this name
-        return self._map(Tensor.pin_memory)
-
-    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        tensors = {name: t for name, t in vars(self).items() if isinstance(t, Tensor)}
-        return dataclasses.replace(self, **{name: function(t) for name, t in tensors.items()})
+    def to(self, device: torch.device | str) -> Batch:
+        moved = [x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in self]
+        return Batch(*moved)
 
 
 class CocoDataset(Dataset):
     """The images of a checked COCO dict, each seen through a View drawn from the geometry.
 
-    Crowd annotations are dropped; training leaves out images without a box; `notes` say how many.
-    with_masks: true masks, where annotations have them. mask_centers (CondInst): all have them,
-    and `centers` are their centroids. bottom_rows: see Batch.cut_rows, here of the original image.
-    Items are indexed by (index, key), the key making the draw, or by a plain index. Testing wants
-    a geometry that leaves no choice: one size or scale, no crop, no flip.
+    Crowd annotations are dropped. Training leaves out images without a box. `notes` say how many.
+    mask_centers (CondInst): every annotation has a mask, and `centers` are the masks' centroids.
+    bottom_rows: see Batch.cut_rows, here of the original image. Items are indexed by (index, key),
+    where the key makes the draw, or by a plain index. For tests the geometry must leave no choice:
+    one size or scale, no crop, no flip.
     """
 
     def __init__(
@@ -83,10 +78,9 @@ class CocoDataset(Dataset):
         load_image: Callable[[dict], np.ndarray],
         geometry: Geometry,
         train: bool,
-        with_masks: bool,
-        mask_centers: bool,
-        bottom_rows: int,
-        seed: int,
+        mask_centers: bool = False,
+        bottom_rows: int = 0,
+        seed: int = 0,
     ) -> None:
         self.coco, self.load_image, self.geometry = coco, load_image, geometry
         self.mask_centers, self.bottom_rows, self.seed = mask_centers, bottom_rows, seed
@@ -95,30 +89,30 @@ class CocoDataset(Dataset):
         self.class_names = [category["name"] for category in self.categories]
         self.category_ids = [category["id"] for category in self.categories]
 
+        # The annotations of each image that count.
         of_image: dict[int, list[dict]] = {image["id"]: [] for image in coco["images"]}
         for annotation in coco["annotations"]:
             if annotation.get("iscrowd") or min(annotation["bbox"][2:]) <= 0:
                 continue
-            if with_masks and mask_centers and not annotation.get("segmentation"):
+            if mask_centers and not annotation.get("segmentation"):
                 raise DataError(
                     f"{self.name}: annotation id {annotation['id']}: field 'segmentation' is "
                     f"missing or empty; condinst needs masks: add it, or use boxteacher or boxinst"
                 )
             of_image[annotation["image_id"]].append(annotation)
         self.images = [image for image in coco["images"] if of_image[image["id"]] or not train]
+        self.annotations = [of_image[image["id"]] for image in self.images]
         self.notes = self._left_out() if train else []
 
-        # Arrays, since Python objects that a worker touches are copied into it, one by one.
+        # Their boxes, xyxy within the image, and labels.
         label_of = {category_id: label for label, category_id in enumerate(self.category_ids)}
         self.boxes, self.labels = [], []
-        for image in self.images:
-            annotations = of_image[image["id"]]
-            boxes = np.reshape([a["bbox"] for a in annotations], (-1, 4)).astype(float)
+        for image, given in zip(self.images, self.annotations, strict=True):
+            boxes = np.reshape([a["bbox"] for a in given], (-1, 4)).astype(float)
             boxes[:, 2:] += boxes[:, :2]
             self.boxes.append(boxes.clip(0, [image["width"], image["height"]] * 2))
-            labels = [label_of[a["category_id"]] for a in annotations]
+            labels = [label_of[a["category_id"]] for a in given]
             self.labels.append(np.array(labels, dtype=np.int64))
-        self.annotations = [of_image[i["id"]] for i in self.images] if with_masks else None
 
     def _left_out(self) -> list[str]:
         if not self.images:
@@ -132,20 +126,22 @@ class CocoDataset(Dataset):
         return len(self.images)
 
     def __getitem__(self, item: int | tuple[int, int]) -> Sample:
+        # Load the image, and draw the view on it.
         index, key = item if isinstance(item, tuple) else (item, 0)
         entry, image = self.images[index], self.load_image(self.images[index])
         check_size(image, entry, self.name)
         original = (entry["height"], entry["width"])
         rng = np.random.default_rng((self.seed, index, key))
         view = draw_view(self.geometry, original, self.boxes[index], rng)
+
+        # Boxes that can be seen, with their centers and masks.
         boxes, kept = view.boxes(self.boxes[index])
         boxes = boxes[kept]
         centers = (boxes[:, :2] + boxes[:, 2:]) / 2
-        masks = has_mask = None
-        if self.annotations is not None:
-            annotations = list(itertools.compress(self.annotations[index], kept))
-            has_mask = torch.tensor([bool(a.get("segmentation")) for a in annotations]).bool()
-            masks = self._masks(annotations, view, centers)
+        annotations = list(itertools.compress(self.annotations[index], kept))
+        masks = self._masks(annotations, view, centers)
+
+        # How many of the view's rows are among the bottom rows of the image.
         top, _, height, _ = view.window
         first_cut_row = view.resized[0] - int(self.bottom_rows * view.resized[0] / original[0])
         return Sample(
@@ -154,14 +150,15 @@ class CocoDataset(Dataset):
             labels=torch.from_numpy(self.labels[index][kept]),
             centers=torch.from_numpy(centers).float(),
             masks=masks,
-            has_mask=has_mask,
+            has_mask=torch.tensor([bool(a.get("segmentation")) for a in annotations]).bool(),
             cut_rows=min(max(top + height - first_cut_row, 0), height),
             image_id=entry["id"],
             original_size=original,
         )
 
     def _masks(self, annotations: list[dict], view: View, centers: np.ndarray) -> Tensor:
-        """bool [G, h/4, w/4] at [2::4, 2::4]. With mask_centers, centroids go into `centers`."""
+        """bool [G, h/4, w/4]: [2::4, 2::4] of each mask, off where an annotation has none. With
+        mask_centers, the masks' centroids replace `centers`."""
         masks = [np.zeros(view.window[2:], dtype=bool)[2::4, 2::4]] * len(annotations)
         for g, annotation in enumerate(annotations):
             if not annotation.get("segmentation"):
@@ -177,11 +174,12 @@ class CocoDataset(Dataset):
 
 def collate(samples: list[Sample]) -> Batch:
     """Pad to the largest image, rounded up to 32, and to 8, 16, 32, ... boxes."""
+    # The padded sizes.
     height, width = (-(-max(s.image.shape[d] for s in samples) // 32) * 32 for d in (1, 2))
-    most = max(len(s.boxes) for s in samples)
-    slots = max(8, 1 << (most - 1).bit_length())
+    counts = torch.tensor([len(s.boxes) for s in samples])
+    slots = max(8, 1 << (int(counts.max()) - 1).bit_length())
 
-    def stack(name: str, *shape: int) -> Tensor:
+    def stack(name: str, *shape: int) -> Tensor:  # a field of all samples, zeros behind each
         tensors = [getattr(sample, name) for sample in samples]
         stacked = tensors[0].new_zeros(len(samples), *shape)
         for row, tensor in zip(stacked, tensors, strict=True):
@@ -189,7 +187,6 @@ def collate(samples: list[Sample]) -> Batch:
         return stacked
 
     with_masks = samples[0].masks is not None
-    counts = torch.tensor([len(s.boxes) for s in samples])
     return Batch(
         images=stack("image", 3, height, width),
         sizes=[(s.image.shape[1], s.image.shape[2]) for s in samples],
@@ -207,115 +204,95 @@ def collate(samples: list[Sample]) -> Batch:
 # --- loaders --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class TrainOrder:
-    """Endless shuffles cut into global batches; yields a rank's slices as lists of (index, key), in
-    `parts` equal parts a step.
+def make_train_loader(
+    dataset: CocoDataset, cfg: Config, start_step: int = 0, rank: int = 0, world_size: int = 1
+) -> StepLoader:
+    """Yields, for each step from start_step to cfg.steps - 1, the list of the rank's
+    `cfg.accumulate` Batches, its parts. Images are grouped by aspect, unless a crop makes them all
+    one size."""
+    is_wide = [cfg.crop > 0 or image["width"] >= image["height"] for image in dataset.images]
+    order = train_order(is_wide, cfg, start_step, rank, world_size)
+    batches = make_loader(dataset, order, cfg.workers, collate)
+    return StepLoader(batches, max(cfg.steps - start_step, 0), cfg.accumulate)
 
-    The key is the position in the run: at an equal global batch, images and their draws depend on
-    seed and step alone. A batch is all wide or all tall, if `is_wide` tells any apart.
+
+class StepLoader:
+    """The batches of a loader in lists, one for each step. It can be read once."""
+
+    def __init__(self, batches: DataLoader, steps: int, parts: int) -> None:
+        self.batches, self.steps, self.parts = batches, steps, parts
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        batches = iter(self.batches)
+        for _ in range(self.steps):
+            yield [next(batches) for _ in range(self.parts)]
+
+
+def train_order(
+    is_wide: list[bool], cfg: Config, start_step: int, rank: int, world_size: int
+) -> Iterator[list[tuple[int, int]]]:
+    """The (index, key) of the rank's images, one list for each part of each step.
+
+    Endless shuffles are cut into global batches, which are all wide or all tall. The key is the
+    image's position in the run. So images and their draws depend on the seed and the step alone,
+    if the global batch is of equal size.
     """
-
-    is_wide: list[bool]
-    batch_size_per_rank: int
-    steps: int
-    start_step: int
-    seed: int
-    rank: int
-    world_size: int
-    parts: int = 1
-
-    def __len__(self) -> int:
-        return max(self.steps - self.start_step, 0) * self.parts
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        size = self.batch_size_per_rank // self.parts
-        for batch in itertools.islice(self._whole_run(), self.start_step, self.steps):
-            for first in range(0, len(batch), size):
-                yield batch[first : first + size]
-
-    def _whole_run(self) -> Iterator[list[tuple[int, int]]]:
-        first, positions = self.rank * self.batch_size_per_rank, itertools.count()
-        waiting: dict[bool, list[int]] = {True: [], False: []}
-        for epoch in itertools.count():
-            rng = np.random.default_rng((self.seed, epoch))
-            for index in rng.permutation(len(self.is_wide)).tolist():
-                group = waiting[self.is_wide[index]]
-                group.append(index)
-                if len(group) == self.batch_size_per_rank * self.world_size:
-                    keyed = [(index, next(positions)) for index in group]
-                    yield keyed[first : first + self.batch_size_per_rank]
-                    group.clear()
+    size = cfg.batch_size // (world_size * cfg.accumulate)  # images of a part
+    run = _global_batches(is_wide, cfg.batch_size, cfg.seed)
+    for batch in itertools.islice(run, start_step, cfg.steps):
+        for part in range(rank * cfg.accumulate, (rank + 1) * cfg.accumulate):
+            yield batch[part * size : (part + 1) * size]
 
 
-class Loader:
-    """A DataLoader whose workers' DataErrors arrive as their one line, without a traceback."""
-
-    def __init__(self, dataset: Dataset, order: object, workers: int, collate_fn: Callable) -> None:
-        self.loader = DataLoader(
-            dataset,
-            batch_sampler=order,
-            num_workers=workers,
-            collate_fn=collate_fn,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=workers > 0,
-            generator=torch.Generator(),  # its own, or each pass would move torch's global one
-        )
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator:
-        try:
-            yield from self.loader
-        except DataError as error:
-            last_line = str(error).strip().splitlines()[-1]  # a worker's is a whole traceback
-            raise DataError(last_line.removeprefix("boxteacher.coco.DataError: ")) from None
+def _global_batches(is_wide: list[bool], size: int, seed: int) -> Iterator[list[tuple[int, int]]]:
+    positions, waiting = itertools.count(), {True: [], False: []}
+    for epoch in itertools.count():
+        rng = np.random.default_rng((seed, epoch))
+        for index in rng.permutation(len(is_wide)).tolist():
+            group = waiting[is_wide[index]]
+            group.append(index)
+            if len(group) == size:
+                yield [(index, next(positions)) for index in group]
+                group.clear()
 
 
-def make_train_loader(dataset, cfg, start_step=0, rank=0, world_size=1):
-    is_wide = [bool(cfg.crop) or i["width"] >= i["height"] for i in dataset.images]
-    order = TrainOrder(
-        is_wide,
-        cfg.batch_size // world_size,
-        cfg.steps,
-        start_step,
-        cfg.seed,
-        rank,
-        world_size,
-        cfg.accumulate,
-    )
-    parts = []
-    for batch in Loader(dataset, order, cfg.workers, collate):
-        parts.append(batch)
-        if len(parts) == cfg.accumulate:
-            yield parts
-            parts = []
-
-
-def make_test_loader(dataset: CocoDataset, rank: int, world_size: int, workers: int) -> Loader:
+def make_test_loader(dataset: CocoDataset, rank: int, world_size: int, workers: int) -> DataLoader:
     """Yields (Batch of one image, its original (height, width)) for images rank::world_size."""
     order = [[index] for index in range(rank, len(dataset), world_size)]
-    return Loader(dataset, order, workers, _collate_test)
+    return make_loader(dataset, order, workers, _collate_test)
 
 
 def _collate_test(samples: list[Sample]) -> tuple[Batch, tuple[int, int]]:
     return collate(samples), samples[0].original_size
 
 
+def make_loader(
+    dataset: CocoDataset, order: Iterable, workers: int, collate_fn: Callable
+) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_sampler=order,
+        num_workers=workers,
+        collate_fn=collate_fn,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # its own, or each pass would move torch's global one
+    )
+
+
 # --- the data sets of a configuration -------------------------------------------------------------
 
 
 def make_train_set(cfg: Config) -> CocoDataset:
-    """Images with boxes; true masks come along where there are any, to be learned from in mode
-    condinst, and in the others only to measure the pseudo masks with.
-    """
-    geometry = Geometry(cfg.train_sizes, cfg.train_max_size, cfg.train_scales, cfg.crop, cfg.flip)
+    """Images with boxes. Mode condinst learns from their true masks. The other modes compare pseudo
+    masks with them, where there are any."""
     if cfg.dataset == "shapes":
-        seed = 2 * cfg.seed + 1  # odd seeds: training; 0: validation, the same for every run
+        seed = 2 * cfg.seed + 1  # odd, since 0 is the validation set of every run
         coco = make_shapes_coco(seed, cfg.shapes_train, cfg.shapes_size) | {"json_path": "shapes"}
         paint = load_shapes_image(seed, cfg.shapes_size)
-        # painted once: a small run sees each image several times, and painting costs like training
+        # Painted once: a small run sees each image often, and painting costs as much as training.
         load_image = functools.partial(_kept, [paint(entry) for entry in coco["images"]])
     else:
         coco = read_coco(cfg.train_json, cfg.train_images)
@@ -323,9 +300,8 @@ def make_train_set(cfg: Config) -> CocoDataset:
     return CocoDataset(
         coco,
         load_image,
-        geometry,
+        Geometry(cfg.train_sizes, cfg.train_max_size, cfg.train_scales, cfg.crop, cfg.flip),
         train=True,
-        with_masks=True,
         mask_centers=cfg.mode == "condinst",
         bottom_rows=cfg.bottom_rows,
         seed=cfg.seed,
@@ -338,21 +314,12 @@ def _kept(images: list[np.ndarray], entry: dict) -> np.ndarray:
 
 def make_val_set(cfg: Config) -> CocoDataset:
     """All validation images at test size."""
-    scales = (cfg.test_scale,) if cfg.test_scale else ()
-    geometry = Geometry((cfg.test_size,), cfg.test_max_size, scales, crop=0, flip=False)
     if cfg.dataset == "shapes":
         coco = make_shapes_coco(0, cfg.shapes_val, cfg.shapes_size) | {"json_path": "shapes"}
         load_image = load_shapes_image(0, cfg.shapes_size)
     else:
         coco = read_coco(cfg.val_json, cfg.val_images)
         load_image = image_loader(cfg.val_images)
-    return CocoDataset(
-        coco,
-        load_image,
-        geometry,
-        train=False,
-        with_masks=True,
-        mask_centers=False,
-        bottom_rows=0,
-        seed=cfg.seed,
-    )
+    scales = (cfg.test_scale,) if cfg.test_scale else ()
+    geometry = Geometry((cfg.test_size,), cfg.test_max_size, scales)
+    return CocoDataset(coco, load_image, geometry, train=False)

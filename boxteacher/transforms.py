@@ -1,13 +1,12 @@
 """What happens to an image on its way to the network: its geometry (resize, crop, flip), which
 boxes and masks follow, and the colors of the student's copy.
 
-G boxes of an image · h, w an image without its padding · N images of a batch · H, W padded
+N images · G boxes of an image · h, w pixels of an image · H, W pixels of the padded images
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -17,22 +16,22 @@ from PIL import Image
 from pycocotools import mask as rle_codec
 from torch import Tensor
 
+from .coco import decode_mask
+
 # --- geometry -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """What may happen to an image: resize, then crop (if not 0), then flip (half of the time)."""
+class Geometry(NamedTuple):
+    """What may happen to an image: resize, then crop, then flip."""
 
     sizes: tuple[int, ...] = ()  # short sides, one drawn per image
     max_size: int = 0  # long side at most; 0: no limit
-    scales: tuple[float, ...] = ()  # if given: factors, one drawn per image, in place of sizes
-    crop: int = 0
-    flip: bool = False
+    scales: tuple[float, ...] = ()  # if given: factors, one drawn per image; sizes do not count
+    crop: int = 0  # side of a square at a random place; 0: no crop
+    flip: bool = False  # half of the images
 
 
-@dataclass(frozen=True)
-class View:
+class View(NamedTuple):
     """What does happen to one image: maps the original's pixels, boxes and masks to [h, w]."""
 
     original: tuple[int, int]  # height, width
@@ -41,7 +40,7 @@ class View:
     flip: bool
 
     def image(self, pixels: np.ndarray) -> np.ndarray:
-        """uint8 [height, width, 3] -> [h, w, 3], by PIL's bilinear filter, the window only."""
+        """uint8 [height, width, 3] -> [h, w, 3]: PIL's bilinear filter, in the window only."""
         (height, width), (y_scale, x_scale) = self.original, self._scale()
         top, left, h, w = self.window
         right, bottom = min((left + w) / x_scale, width), min((top + h) / y_scale, height)
@@ -52,12 +51,13 @@ class View:
     def boxes(self, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """[G, 4] -> [G, 4] clipped to the view, and bool [G]: which to keep.
 
-        Those with their center in view, or with 30 % of their area and 4 pixels (or all of a
-        smaller side) both ways.
+        A box is kept if its center is in view, or if 30 % of its area is, and 4 pixels (or all of
+        a smaller side) both ways.
         """
         (y_scale, x_scale), (top, left, h, w) = self._scale(), self.window
         full = boxes * ([x_scale, y_scale] * 2) - ([left, top] * 2)
         seen = full.clip(0, [w, h] * 2)
+        # Which are seen well enough, before the flip changes sides.
         center = (full[:, :2] + full[:, 2:]) / 2
         full_sides, seen_sides = full[:, 2:] - full[:, :2], seen[:, 2:] - seen[:, :2]
         is_large = (seen_sides >= full_sides.clip(max=4)).all(1)
@@ -68,23 +68,18 @@ class View:
         return seen, kept
 
     def mask(self, segmentation: list | dict) -> np.ndarray:
-        """-> bool [h, w]: polygons scaled, then rasterized; run-length codes resized (nearest)."""
+        """-> bool [h, w]. Polygons are scaled, then rasterized. Run-length codes are resized."""
         y_scale, x_scale = self._scale()
         top, left, h, w = self.window
         if isinstance(segmentation, list):
             points = [np.reshape(polygon, (-1, 2)) * (x_scale, y_scale) for polygon in segmentation]
             codes = rle_codec.frPyObjects([p.ravel().tolist() for p in points], *self.resized)
-            mask = rle_codec.decode(rle_codec.merge(codes))[top : top + h, left : left + w]
-        else:
-            if isinstance(segmentation["counts"], list):
-                segmentation = rle_codec.frPyObjects(segmentation, *self.original)
+            mask = decode_mask(rle_codec.merge(codes))[top : top + h, left : left + w]
+        else:  # the original pixel nearest to each pixel's center
             rows = ((np.arange(top, top + h) + 0.5) / y_scale).astype(int)
             columns = ((np.arange(left, left + w) + 0.5) / x_scale).astype(int)
-            mask = rle_codec.decode(segmentation)
-            if mask.sum() != rle_codec.area(segmentation):  # what no run reaches is uninitialized
-                raise ValueError("the runs do not fill the image")
-            mask = mask[rows][:, columns]
-        return (mask[:, ::-1] if self.flip else mask).astype(bool)
+            mask = decode_mask(segmentation)[rows][:, columns]
+        return mask[:, ::-1] if self.flip else mask
 
     def _scale(self) -> tuple[float, float]:
         return self.resized[0] / self.original[0], self.resized[1] / self.original[1]
@@ -93,8 +88,8 @@ class View:
 def resized_size(
     height: int, width: int, short_side: int, max_size: int = 0, factor: float = 0
 ) -> tuple[int, int]:
-    """New (height, width): the short side becomes `short_side`, or both grow by `factor` if given;
-    then both shrink until the long one is at most max_size (0: no limit)."""
+    """New (height, width). The short side becomes `short_side`, or both grow by `factor` if given.
+    Then both shrink until the long one is at most max_size (0: no limit)."""
     if factor:
         new_height, new_width = factor * height, factor * width
     elif height < width:
@@ -110,13 +105,16 @@ def resized_size(
 def draw_view(
     geometry: Geometry, original: tuple[int, int], boxes: np.ndarray, rng: np.random.Generator
 ) -> View:
-    """Draw from the geometry. A crop contains the center of one of the boxes [G, 4], at random."""
+    """Draw from the geometry. A crop shows the center of one of the boxes [G, 4], at random."""
+    # Flip and size.
     flip = geometry.flip and rng.random() < 0.5
     short_side = 0 if geometry.scales else int(rng.choice(geometry.sizes))
     factor = float(rng.choice(geometry.scales)) if geometry.scales else 0
     resized = resized_size(*original, short_side, geometry.max_size, factor)
     if not geometry.crop:
         return View(original, resized, (0, 0, *resized), flip)
+
+    # A box, and a place for the crop such that it shows the box's center.
     sides = [min(geometry.crop, side) for side in resized]
     box = boxes[rng.integers(len(boxes))]
     start = []
@@ -128,7 +126,7 @@ def draw_view(
     return View(original, resized, (*start, *sides), flip)
 
 
-# --- color augmentation --------------------------------------------------------------------------
+# --- color augmentation ---------------------------------------------------------------------------
 
 
 class Strength(NamedTuple):
@@ -154,15 +152,13 @@ def augment(
     generator: torch.Generator,
     skip: int = 0,
 ) -> Tensor:
-    """Other colors: jitter in random order, grayscale, blur of kernel 3 (SPEC section 6).
+    """Other colors: jitter in random order, grayscale, blur of kernel 3 (BoxTeacher, section 4).
 
-    uint8 [N, 3, H, W] -> the same, each image treated without its padding, which stays 0.
-    Each image takes DRAWS_PER_IMAGE numbers from the generator (on the CPU: no sync), after those
-    of `skip` images: ranks that share a generator's seed and skip rank * N images draw together
-    what one process draws for the global batch.
+    uint8 [N, 3, H, W] -> the same. Each image is treated without its padding, which stays 0.
+    `strength` is one of STRENGTHS. Every image uses DRAWS_PER_IMAGE random numbers, made on the CPU
+    so that nothing waits for a GPU. `skip` images come before these: rank r skips the images of the
+    ranks before it, so N ranks draw what one process would draw.
     """
-    if strength not in STRENGTHS:
-        raise ValueError(f"strength {strength!r} is not one of {', '.join(STRENGTHS)}")
     draws = torch.rand(skip + len(images), DRAWS_PER_IMAGE, generator=generator)[skip:].tolist()
     augmented = images.clone()
     for n, (h, w) in enumerate(sizes):
@@ -172,6 +168,7 @@ def augment(
 
 
 def _augment_image(image: Tensor, strength: Strength, draws: list[float]) -> Tensor:
+    """uint8 [3, h, w] -> the same. Each of the DRAWS_PER_IMAGE `draws` is in 0..1."""
     amounts, order, (do_jitter, do_gray, do_blur, sigma) = draws[:4], draws[4:8], draws[8:]
     if do_jitter < strength.jitter_probability:
         adjust = (tvf.adjust_brightness, tvf.adjust_contrast, tvf.adjust_saturation, tvf.adjust_hue)

@@ -10,8 +10,8 @@ from torch.testing import assert_close
 import train
 from boxteacher.checkpoint import load_checkpoint
 from boxteacher.command_line import parse
-from boxteacher.config import ConfigError
-from boxteacher.data import TrainOrder, make_train_set, make_val_set
+from boxteacher.config import Config, ConfigError
+from boxteacher.data import make_train_set, make_val_set, train_order
 
 torch.set_num_threads(1)
 
@@ -58,7 +58,8 @@ def test_a_run_in_parts_goes_on_as_if_it_had_not_stopped(tmp_path):
 @pytest.mark.parametrize(("world_size", "parts"), [(1, 2), (2, 2), (1, 4), (2, 1)])
 def test_the_parts_of_all_ranks_are_the_images_of_the_step(world_size, parts):
     def batches(world_size: int, parts: int, rank: int) -> list[list[tuple[int, int]]]:
-        return list(TrainOrder([True] * 10, 8 // world_size, 5, 2, 0, rank, world_size, parts))
+        cfg = Config(batch_size=8, steps=5, accumulate=parts)
+        return list(train_order([True] * 10, cfg, 2, rank, world_size))
 
     of_rank = []
     for rank in range(world_size):

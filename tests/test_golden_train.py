@@ -276,7 +276,7 @@ def test_published_boxinst_samples_round_the_rasterized_box(source):
         for g in step.batch.valid[n].nonzero().flatten():
             inside = box_masks(step.batch.boxes[n, g], height, width, stride=1)
             centers[n, g] = inside.nonzero().float().mean(0).flip(0)
-    batch = dataclasses.replace(step.batch, centers=centers)
+    batch = step.batch._replace(centers=centers)
     with torch.no_grad():
         losses, _ = step.model(step.images, batch, WEAK_FACTOR)
     assert_losses(losses, golden, "c")

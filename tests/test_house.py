@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     # data
     "distributed": ({"torch"}, {"errors"}),
     "coco": ({"numpy", "PIL"}, {"errors"}),
-    "transforms": ({"torch", "torchvision", "numpy", "PIL", "pycocotools"}, set()),
+    "transforms": ({"torch", "torchvision", "numpy", "PIL", "pycocotools"}, {"coco"}),
     "data": (
         {"torch", "numpy"},
         {"coco", "config", "shapes", "transforms"},
@@ -52,7 +52,10 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         {"checkpoint", "command_line", "config", "errors", "presets"}
         | {"data", "fcos", "model", "pseudo_labels"},
     ),
-    "coco_eval": ({"torch", "numpy", "pycocotools", "tqdm"}, {"data", "distributed", "errors"}),
+    "coco_eval": (
+        {"torch", "numpy", "pycocotools", "tqdm"},
+        {"coco", "data", "distributed", "errors", "model"},
+    ),
     "guard": ({"torch"}, {"distributed", "errors"}),
     "visualize": ({"torch", "numpy", "PIL"}, set()),
     "reporting": (

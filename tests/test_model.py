@@ -331,8 +331,8 @@ def test_true_masks_never_reach_the_losses_of_boxes(mode):
     noise = torch.rand(batch.masks.shape, generator=torch.Generator().manual_seed(0)) > 0.5
     variants = [
         batch,
-        dataclasses.replace(batch, masks=noise, has_mask=noise[:, :, 0, 0]),
-        dataclasses.replace(batch, masks=None, has_mask=None),
+        batch._replace(masks=noise, has_mask=noise[:, :, 0, 0]),
+        batch._replace(masks=None, has_mask=None),
     ]
     results = []
     for variant in variants:
@@ -351,7 +351,7 @@ def test_true_masks_never_reach_the_losses_of_boxes(mode):
 def test_condinst_does_learn_from_true_masks():
     model, batch = make_model("condinst"), make_batch()
     values, _ = model(batch.images, batch)
-    other, _ = model(batch.images, dataclasses.replace(batch, masks=~batch.masks))
+    other, _ = model(batch.images, batch._replace(masks=~batch.masks))
     assert values["mask"] != other["mask"]
 
 
@@ -380,8 +380,8 @@ def test_boxes_that_no_location_answers_for_leave_finite_losses(mode):
     batch = make_batch((0,))
     boxes = torch.zeros(1, 8, 4)
     boxes[0, 0] = torch.tensor([5.0, 5.0, 9.0, 9.0])
-    batch = dataclasses.replace(
-        batch, boxes=boxes, valid=torch.arange(8)[None] == 0, centers=boxes[..., :2] + 2
+    batch = batch._replace(
+        boxes=boxes, valid=torch.arange(8)[None] == 0, centers=boxes[..., :2] + 2
     )
     model = make_model(mode)
     pseudo = make_pseudo(batch) if mode == "boxteacher" else None
@@ -417,7 +417,7 @@ def test_empty_slots_for_boxes_hold_nothing_that_counts(mode):
     }
     pseudo = make_pseudo(batch) if mode == "boxteacher" else None
     values, _ = model(batch.images, batch, 1.0, pseudo)
-    other, _ = model(batch.images, dataclasses.replace(batch, **garbage), 1.0, pseudo)
+    other, _ = model(batch.images, batch._replace(**garbage), 1.0, pseudo)
     for name in NAMES[mode]:
         assert other[name].item() == pytest.approx(values[name].item(), rel=1e-6), name
 

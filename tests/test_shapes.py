@@ -17,6 +17,8 @@ from pycocotools.cocoeval import COCOeval
 from boxteacher import shapes
 
 SIZE = 192
+# pycocotools' decoder under numpy 2
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 
 @pytest.fixture(scope="module")
