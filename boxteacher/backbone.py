@@ -22,8 +22,9 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Up to 32 groups of at least 4 channels."""
-    return nn.GroupNorm(min(32, channels // 4), channels)
+    """As many groups as divide the channels: 32 at most, of at least 4 channels each."""
+    most = min(32, channels // 4)
+    return nn.GroupNorm(max(n for n in range(1, most + 1) if channels % n == 0), channels)
 
 
 class FrozenBatchNorm(FrozenBatchNorm2d):
@@ -122,6 +123,37 @@ class DeformableConv(DeformConv2d):
     def forward(self, x: Tensor) -> Tensor:
         maps = self.offset(x)
         return super().forward(x, maps[:, :18], maps[:, 18:].sigmoid())
+
+
+# --- MobileNetV2 ----------------------------------------------------------------------------------
+
+MOBILENET_ENDS = {6: "p3", 13: "p4", 17: "p5"}  # the last layers of strides 8, 16 and 32
+
+
+class MobileNetV2(nn.Module):
+    """torchvision's MobileNetV2 (arXiv 1801.04381) without its classifier. Weights have
+    torchvision's names.
+
+    The last 1x1 conv, to 1280 channels, is left out. It would add 7 % to the multiplications and
+    23 % to the weights, and the pyramid would reduce its channels again.
+
+    `freeze_at`: 2 stops training of all layers up to stride 4, 1 of the first conv, 0 of nothing.
+    """
+
+    def __init__(self, norm: str, freeze_at: int) -> None:
+        super().__init__()
+        net = torchvision.models.mobilenet_v2(weights=None, norm_layer=NORMS[norm])
+        self.features = net.features[:18]
+        self.out_channels = [self.features[i].out_channels for i in MOBILENET_ENDS]
+        self.features[: (0, 1, 4)[freeze_at]].requires_grad_(False)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        x, outputs = images, {}
+        for i, layer in enumerate(self.features):
+            x = layer(x)
+            if i in MOBILENET_ENDS:
+                outputs[MOBILENET_ENDS[i]] = x
+        return outputs
 
 
 # --- Swin -----------------------------------------------------------------------------------------

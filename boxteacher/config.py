@@ -24,9 +24,8 @@ class ConfigError(UserError):
     """A configuration that cannot work."""
 
 
-Backbone = Literal[
-    "resnet10_half", "resnet18", "resnet34", "resnet50", "resnet101", "swin_t", "swin_b"
-]
+ResNets = Literal["resnet10_half", "resnet18", "resnet34", "resnet50", "resnet101"]
+Backbone = Literal[ResNets, "swin_t", "swin_b", "mobilenet_v2"]
 
 
 @dataclass(frozen=True)
@@ -209,7 +208,7 @@ def problems(config: Config) -> Iterator[str]:
 
     # first weights: what is frozen must have some, and they must fit
     has_weights = c.pretrained or c.backbone_weights or c.init
-    if not has_weights and c.norm == "frozen_bn" and c.backbone.startswith("resnet"):
+    if not has_weights and c.norm == "frozen_bn" and not c.backbone.startswith("swin"):
         yield "norm=frozen_bn needs pretrained weights: without them use --norm bn or --norm gn"
     if not has_weights and c.freeze_at > 0:
         yield f"freeze_at={c.freeze_at} needs pretrained weights: without them use --freeze-at 0"

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou, clip_boxes_to_image
 
 from . import fcos, losses
-from .backbone import NORMS, SWINS, Backbone, ResNet, Swin, without_drop_path
+from .backbone import NORMS, SWINS, Backbone, MobileNetV2, ResNet, Swin, without_drop_path
 from .config import Config
 from .data import Batch
 from .distributed import reduce_mean
@@ -424,6 +424,8 @@ def build_model(cfg: Config, num_classes: int) -> CondInst:
     """The network of a configuration, with random weights."""
     if cfg.backbone in SWINS:
         body = Swin(cfg.backbone, cfg.freeze_at)
+    elif cfg.backbone == "mobilenet_v2":
+        body = MobileNetV2(cfg.norm, cfg.freeze_at)
     else:
         body = ResNet(cfg.backbone, cfg.norm, cfg.freeze_at, cfg.stride_in_1x1, cfg.deformable)
     backbone = Backbone(body, cfg.fpn_channels)

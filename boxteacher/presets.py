@@ -84,6 +84,30 @@ PRESETS: dict[str, Preset] = {
         ),
         "here: 43.0 mask AP, seed 0 (BoxInst 26.6, CondInst 45.8)",
     ),
+    "photos": Preset(
+        SMALL
+        | dict(
+            train_json="data/photos/train.json",
+            train_images="data/photos/train",
+            val_json="data/photos/val.json",
+            val_images="data/photos/val",
+            train_sizes=(288,),  # with several, all images would be padded to the largest
+            train_max_size=480,
+            teacher_size=320,
+            test_size=320,
+            test_max_size=480,
+            backbone="mobilenet_v2",
+            pretrained=True,
+            norm="frozen_bn",
+            freeze_at=2,
+            size_unit=32,  # objects of 30 pixels belong to P3, of 300 to P6
+            max_mask_locations=32,
+            steps=900,  # half an hour
+            lr=5e-4,  # 1e-3 is for random weights
+            weak_warmup_steps=225,
+        ),
+        "here: not run",
+    ),
 }
 
 
@@ -147,7 +171,7 @@ def from_preset(preset: str, **given: Any) -> Config:
     if files and given.get("dataset", config.dataset) == "shapes":
         raise ConfigError(
             f"{files[0]}: preset {preset} generates its images and reads no files;"
-            " start from preset nuclei (small) or coco_boxteacher_r50_1x (GPUs)"
+            " start from preset nuclei, photos (both small) or coco_boxteacher_r50_1x (GPUs)"
         )
 
     follow: dict[str, Any] = {}

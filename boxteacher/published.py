@@ -231,6 +231,7 @@ def describe(networks: Networks, what: str) -> tuple[dict[str, Any], int]:
 TORCHVISION = {
     "resnet": ([("stem.0.", "conv1."), ("stem.1.", "bn1.")], ("fc.",)),
     "swin": ([], ("norm.", "head.")),
+    "mobilenet": ([], ("features.18.", "classifier.")),
 }
 # What stays as it was built: offsets of deformable convs, norms after Swin's stages, counters
 OURS_ALONE = re.compile(r"\.conv2\.offset\.|^norms\.|num_batches_tracked$")

@@ -1,4 +1,5 @@
-"""backbone.py: shapes, freezing, norms. And ImageNet weights from a file (published.py)."""
+"""backbone.py: shapes, freezing, norms, MobileNetV2. And ImageNet weights from a file
+(published.py)."""
 
 from __future__ import annotations
 
@@ -9,10 +10,13 @@ import torchvision
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from boxteacher.backbone import Backbone, ResNet
+import train
+from boxteacher.backbone import Backbone, MobileNetV2, ResNet, group_norm
 from boxteacher.checkpoint import CheckpointError
-from boxteacher.config import Config
+from boxteacher.config import Config, ConfigError
+from boxteacher.data import make_train_loader, make_train_set
 from boxteacher.model import build_model
+from boxteacher.presets import from_preset
 from boxteacher.published import (
     download_backbone,
     load_backbone,
@@ -137,6 +141,8 @@ def test_weights_without_a_classifier_or_with_another_one_will_do(weights):
         ("resnet18", {"norm": "bn"}),
         ("resnet50", {"norm": "frozen_bn", "stride_in_1x1": True, "deformable": True}),
         ("swin_t", {}),
+        ("mobilenet_v2", {"norm": "frozen_bn"}),
+        ("mobilenet_v2", {"norm": "bn"}),
     ],
 )
 def test_a_file_replaces_the_backbone_and_leaves_the_rest_as_it_was_drawn(tmp_path, name, fields):
@@ -156,11 +162,11 @@ def test_a_file_replaces_the_backbone_and_leaves_the_rest_as_it_was_drawn(tmp_pa
             assert torch.equal(value, weights[theirs]), ours
         else:
             assert torch.equal(value, drawn[ours]), ours
-    classifier = ("fc.", "norm.", "head.")
+    classifier = ("fc.", "norm.", "head.", "classifier.", "features.18.")
     unused = {k for k in weights.keys() - used if not k.startswith(classifier)}
     assert all(k.endswith("num_batches_tracked") for k in unused)
     new = {k for k in found if ".offset." in k or ".norms." in k}
-    assert bool(new) == (name != "resnet18")
+    assert bool(new) == (name not in ("resnet18", "mobilenet_v2"))
     assert not any(found[k].any() for k in new if ".offset." in k)
 
 
@@ -212,6 +218,121 @@ def test_weights_that_do_not_fit_change_nothing(weights):
         lambda: load_backbone(body, "resnet18", bad, "file"), "layer4.1.conv2.weight [1] for [512"
     )
     assert all(torch.equal(value, before[name]) for name, value in body.state_dict().items())
+
+
+# --- MobileNetV2 ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mobilenet():
+    """torchvision's network, whose batch norms have seen images."""
+    torch.manual_seed(0)
+    net = torchvision.models.mobilenet_v2(weights=None).train()
+    net(torch.randn(4, 3, 64, 64) + 1)
+    return net.eval()
+
+
+@pytest.fixture(scope="module")
+def mobilenet_file(mobilenet, tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "mobilenet_v2.pth"
+    torch.save(mobilenet.state_dict(), path)
+    return str(path)
+
+
+@pytest.mark.parametrize("norm", ["frozen_bn", "bn"])
+def test_mobilenets_features_are_the_last_of_each_stride(mobilenet, mobilenet_file, norm):
+    cfg = Config(backbone="mobilenet_v2", backbone_weights=mobilenet_file, norm=norm)
+    model = build_model(cfg, 2).eval()
+    load_initial_weights(model, cfg)
+    body, images = model.backbone.body, torch.randn(2, 3, 64, 96)
+    last = {}
+    with torch.no_grad():
+        maps, x = body(images), images
+        for layer in mobilenet.features[:-1]:  # the last one only widens the map
+            x = layer(x)
+            last[64 // x.shape[-2]] = x
+    assert list(maps) == ["p3", "p4", "p5"]
+    assert body.out_channels == [32, 96, 320]
+    for i, (channels, found) in enumerate(zip(body.out_channels, maps.values(), strict=True)):
+        assert found.shape == (2, channels, 8 >> i, 12 >> i)
+        torch.testing.assert_close(found, last[8 << i])
+
+
+@pytest.mark.parametrize(("freeze_at", "stride"), [(0, 1), (1, 2), (2, 4)])
+def test_mobilenet_is_frozen_up_to_a_stride(freeze_at, stride):
+    """1 freezes the stem alone, not the block after it."""
+    body, x = MobileNetV2("bn", freeze_at), torch.randn(2, 3, 64, 64)
+    for i, layer in enumerate(body.features):
+        x = layer(x)
+        is_frozen = 64 // x.shape[-1] <= stride and (freeze_at == 2 or i == 0)
+        assert all(p.requires_grad != is_frozen for p in layer.parameters()), i
+
+
+def test_groups_divide_the_channels():
+    body = MobileNetV2("gn", 0)
+    norms = {m.num_channels: m.num_groups for m in body.modules() if type(m) is nn.GroupNorm}
+    assert norms[16] == 4
+    assert norms[144] == 24  # 32 do not divide it
+    assert norms[192] == norms[960] == 32
+    for channels in range(4, 400):
+        norm = group_norm(channels)
+        assert norm.num_groups <= min(32, channels // 4)
+
+
+@pytest.mark.parametrize(
+    ("norm", "freeze_at"), [("frozen_bn", 2), ("frozen_bn", 0), ("bn", 1), ("gn", 0)]
+)
+def test_mobilenet_trains(mobilenet_file, norm, freeze_at):
+    source = dict(pretrained=False) if norm == "gn" else dict(backbone_weights=mobilenet_file)
+    cfg = from_preset(
+        "photos",
+        **source,
+        **dict(norm=norm, freeze_at=freeze_at, dataset="shapes", shapes_train=2, shapes_size=64),
+        **dict(train_sizes=(64,), teacher_size=64, batch_size=2, workers=0, steps=1),
+    )
+    torch.manual_seed(0)
+    train_set = make_train_set(cfg)
+    state = train.make_state(cfg, len(train_set.class_names), torch.device("cpu"))
+    train.speed_up(state)
+    before = {name: p.detach().clone() for name, p in state.student.named_parameters()}
+    (parts,) = make_train_loader(train_set, cfg)
+    losses, _ = train.train_step(state, parts)
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    stuck = {
+        name
+        for name, p in state.student.backbone.body.named_parameters()
+        if torch.equal(p, before[f"backbone.body.{name}"])
+    }
+    frozen = tuple(f"features.{i}." for i in range((0, 1, 4)[freeze_at]))
+    assert stuck == {n for n in stuck if n.startswith(frozen)}
+    assert bool(stuck) == bool(freeze_at)
+
+
+def test_mobilenets_weights_with_missing_or_unknown_entries(mobilenet):
+    weights, body = mobilenet.state_dict(), MobileNetV2("frozen_bn", 2)
+
+    def load(changed: dict) -> None:
+        load_backbone(body, "mobilenet_v2", changed, "file")
+
+    name = "features.4.conv.0.1.running_mean"
+    refused(lambda: load({k: v for k, v in weights.items() if k != name}), name, "mobilenet_v2")
+    refused(lambda: load({**weights, "features.19.0.weight": torch.zeros(1)}), "features.19.0")
+    load({k: v for k, v in weights.items() if not k.startswith(("classifier.", "features.18."))})
+
+
+def test_mobilenets_options_that_do_not_fit():
+    for field in ("stride_in_1x1", "deformable"):
+        with pytest.raises(ConfigError, match=f"{field} is for bottlenecks"):
+            from_preset("photos", **{field: True})
+    with pytest.raises(ConfigError, match="norm=frozen_bn needs pretrained weights"):
+        from_preset("photos", pretrained=False)
+    with pytest.raises(ConfigError, match="norm=gn does not fit torchvision's weights"):
+        from_preset("photos", norm="gn")
+    with pytest.raises(ConfigError, match="freeze_at=2 needs pretrained weights"):
+        from_preset("photos", pretrained=False, norm="gn")
+
+
+# --- downloads ------------------------------------------------------------------------------------
 
 
 def test_a_network_without_published_weights_says_how_to_go_on():
