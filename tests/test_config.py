@@ -49,7 +49,7 @@ def test_all_coco_presets_exist():
         for schedule in ("1x", "3x")
     }
     names |= {"coco_boxteacher_r101_dcn_3x", "coco_boxteacher_swin_b_3x"}
-    assert set(PRESETS) == names | {"shapes", "nuclei"}
+    assert set(PRESETS) == names | {"shapes", "nuclei", "photos"}
 
 
 def test_coco_recipes_are_the_published_ones():

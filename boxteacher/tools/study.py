@@ -1,0 +1,336 @@
+"""Studies: named lists of configurations, each trained with several seeds, and tables of them.
+
+    python -m boxteacher.tools.study NAME [--seeds 0-4] [--jobs 2] [--only LABEL] [--table]
+
+Every run is a process on one core (OMP_NUM_THREADS sets another number). When it ends, it becomes a
+line of runs/study/NAME/results.jsonl. The same command goes on where it stopped: it runs what has
+not finished, has failed, or has other words than before.
+
+Settings are tuned with seeds 10 and up, and seeds 0 to 4 are reported. A table has the given seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from boxteacher import errors
+from boxteacher.command_line import parse
+from boxteacher.config import ConfigError
+from boxteacher.presets import PRESETS
+
+
+class C(NamedTuple):
+    """A configuration."""
+
+    label: str
+    words: str  # of train.py's command line
+    reference: str = ""  # the label to compare with, by default the study's first
+    masks_from: str = ""  # self-training: the label whose run makes the masks to learn from
+
+
+STEPS = PRESETS["shapes"].changes["steps"]
+SIDE = PRESETS["shapes"].changes["train_sizes"][0]
+TEACHER = "shapes --mode boxteacher"
+NUCLEI = "../shared/data/nuclei/annotations/instances_train.json"  # with masks
+
+STUDIES: dict[str, list[C]] = {
+    "methods_shapes": [  # learning rates and warm-ups: the preset's, until they are tuned
+        C("BoxInst", "shapes --mode boxinst --lr 0.001 --weak-warmup-steps 400"),
+        C("BoxTeacher", "shapes --mode boxteacher --lr 0.001 --weak-warmup-steps 400"),
+        C("CondInst", "shapes --mode condinst --lr 0.001"),
+        C("self-training", "shapes --mode condinst --lr 0.001", masks_from="BoxInst"),
+    ],
+    "methods_nuclei": [
+        C("BoxInst", "nuclei --mode boxinst --lr 0.001 --weak-warmup-steps 250"),
+        C("BoxTeacher", "nuclei --mode boxteacher --lr 0.001 --weak-warmup-steps 250"),
+        C("CondInst", f"nuclei --mode condinst --lr 0.001 --train-json {NUCLEI}"),
+        C("self-training", "nuclei --mode condinst --lr 0.001", masks_from="BoxInst"),
+    ],
+    "length_shapes": [
+        C(f"{mode} x{x}", f"shapes --mode {mode} --steps {int(x * STEPS)}", f"boxinst x{x}")
+        for x in (0.5, 1, 2, 4)
+        for mode in ("boxinst", "boxteacher", "condinst")
+    ],
+    "pseudo_losses": [
+        C("none", f"{TEACHER} --pseudo-mask-weight 0 --pseudo-affinity-weight 0"),
+        C("pixel", f"{TEACHER} --pseudo-affinity-weight 0"),
+        C("affinity", f"{TEACHER} --pseudo-mask-weight 0"),
+        C("both", TEACHER),
+    ],
+    "score": [
+        C("mask-aware", TEACHER),
+        C("published", f"{TEACHER} --published-score"),
+        # planned: C("detection", f"{TEACHER} --mask-score detection"),
+        # planned: C("constant", f"{TEACHER} --mask-score constant"),
+    ],
+    "augmentation": [
+        C(f"{m} x{x} {colors}", f"{words} --student-augmentation {colors}", f"{m} x{x} none")
+        for m in ("condinst", "boxteacher")
+        for x in (1, 2)
+        for words in (f"shapes --mode {m} --steps {x * STEPS}",)
+        for colors in ("none", "weak", "strong")
+    ],
+    "ema": [C(m, f"{TEACHER} --ema-momentum {m}") for m in ("0", "0.9", "0.99", "0.999")],
+    "teacher_size": [C(f"{x}x", f"{TEACHER} --teacher-size {int(x * SIDE)}") for x in (1, 1.2)],
+}
+
+MEASURES = {  # name in results.jsonl: heading, decimals
+    "mask_ap": ("mask AP", 1),
+    "mask_ap50": ("AP50", 1),
+    "mask_ap75": ("AP75", 1),
+    "box_ap": ("box AP", 1),
+    "mean_iou": ("given true boxes: mean IoU", 3),
+    "over_50": ("over 0.5", 3),
+    "over_75": ("over 0.75", 3),
+    "minutes": ("minutes of training", 1),
+}
+# Student's t: quantile 0.975 for 1, 2, ... degrees of freedom. The last is used for more.
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
+
+Result = dict[str, Any]  # a line of results.jsonl
+
+
+# --- runs -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    folder: Path
+    identity: Result  # label, seed and words, with which its result begins
+    needs: Result | None  # the identity of the run that makes its masks
+    commands: list[list[str]]  # not yet started
+    process: subprocess.Popen | None = None
+    since: float = 0.0  # when the process started
+    minutes: float = 0.0  # of the process before it
+
+    def start_next(self, lock: int) -> None:
+        """Start the next command. It inherits the lock, which lasts until all who have it end."""
+        now, environment = time.monotonic(), {"OMP_NUM_THREADS": "1"} | os.environ
+        self.minutes, self.since = (now - self.since) / 60, now
+        with open(self.folder / "log.txt", "a") as log:
+            options = dict(env=environment, pass_fds=[lock], stdout=log, stderr=log)
+            self.process = subprocess.Popen(self.commands.pop(0), **options)
+
+
+def make_run(study: Path, configurations: dict[str, C], label: str, seed: int) -> Run:
+    """Train, then compare masks given true boxes. Self-training makes its masks first."""
+    configuration, folder = configurations[label], study / label.replace(" ", "_") / f"seed_{seed}"
+    identity, needs = {"label": label, "seed": seed, "words": configuration.words}, None
+    words = [*configuration.words.split(), f"--seed={seed}", f"--out={folder}"]
+    cfg, masks, files = parse(words), folder / "masks.json", folder / "files"
+    make_masks, commands = [sys.executable, "-m", "boxteacher.tools.label"], []
+    if configuration.masks_from:
+        stage1 = make_run(study, configurations, configuration.masks_from, seed)
+        needs = stage1.identity
+        identity["words"] += f" | masks from: {needs['words']}"
+        inputs = [f"--boxes={cfg.train_json}", f"--images={cfg.train_images}"]
+        if cfg.dataset == "shapes":
+            code = f"import boxteacher.tools.study as s; s.write_shapes({str(files)!r}, {words})"
+            commands.append([sys.executable, "-c", code])
+            inputs = [f"--boxes={files / 'train.json'}", f"--images={files / 'train'}"]
+            words += ["--dataset=coco", f"--train-images={files / 'train'}"]
+            words += [f"--val-json={files / 'val.json'}", f"--val-images={files / 'val'}"]
+        inputs += [f"--checkpoint={stage1.folder / 'last.pt'}", f"--output={masks}"]
+        commands.append(make_masks + inputs)
+        words.append(f"--train-json={masks}")
+    train = Path(__file__).parents[2] / "train.py"
+    commands.append([sys.executable, str(train), *words])
+    commands.append([*make_masks, f"--checkpoint={folder / 'last.pt'}"])
+    return Run(folder, identity, needs, commands)
+
+
+def write_shapes(folder: str, words: list[str]) -> None:
+    """Generated images as files: FOLDER/train, FOLDER/train.json, and the same for val."""
+    # Imported here, because torch would occupy memory in the process that waits for the runs.
+    from boxteacher.data import make_train_set, make_val_set
+
+    cfg = parse(words)
+    for name, dataset in (("train", make_train_set(cfg)), ("val", make_val_set(cfg))):
+        images, entries = Path(folder, name), []
+        images.mkdir(parents=True)
+        for entry in dataset.coco["images"]:
+            entries.append(entry | {"file_name": f"{entry['id']}.png"})
+            Image.fromarray(dataset.load_image(entry)).save(images / entries[-1]["file_name"])
+        write(images.with_suffix(".json"), json.dumps(dataset.coco | {"images": entries}))
+
+
+def result_of(run: Run) -> Result:
+    """What was measured, or the last line that a failed command wrote."""
+    if code := run.process.returncode:
+        lines = (run.folder / "log.txt").read_text(errors="replace").strip().splitlines()
+        return run.identity | {"error": lines[-1] if lines else f"exit code {code}"}
+    shutil.rmtree(run.folder / "files", ignore_errors=True)
+    lines = map(json.loads, (run.folder / "metrics.jsonl").read_text().splitlines())
+    *_, tables = (line["evaluation"] for line in lines if "evaluation" in line)
+    values = {f"mask_{k.lower()}": tables.get("segm", {}).get(k) for k in ("AP", "AP50", "AP75")}
+    given = json.loads((run.folder / "given_boxes.json").read_text())["all"].get("masks", {})
+    values |= {"box_ap": tables["bbox"]["AP"], "minutes": run.minutes} | given
+    return run.identity | dict.fromkeys(MEASURES) | values
+
+
+def is_finished(identity: Result, results: list[Result]) -> bool:
+    return any("error" not in result and identity.items() <= result.items() for result in results)
+
+
+def write(path: Path, text: str) -> None:
+    """Whoever reads the file finds the old text or the new one, never a part."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
+def read_results(study: Path) -> list[Result]:
+    path = study / "results.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def run_all(runs: list[Run], jobs: int, study: Path) -> None:
+    """Do the runs that have not finished, `jobs` at a time. Write the results when one ends."""
+    lock = os.open(study / "lock", os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise errors.UserError(f"{study}: runs of this study are going on already") from None
+    results, running = read_results(study), []
+    waiting = [run for run in runs if not is_finished(run.identity, results)]
+    started, total, failed = time.monotonic(), len(waiting), 0
+    try:
+        while waiting or running:
+            ready = [run for run in waiting if not run.needs or is_finished(run.needs, results)]
+            for run in ready[: jobs - len(running)]:
+                waiting.remove(run)
+                running.append(run)
+                shutil.rmtree(run.folder, ignore_errors=True)
+                run.folder.mkdir(parents=True)
+                run.start_next(lock)
+            if not running:
+                break  # the rest needs runs that failed
+            time.sleep(0.1)
+            for run in [run for run in running if run.process.poll() is not None]:
+                if run.commands and not run.process.returncode:
+                    run.start_next(lock)
+                    continue
+                running.remove(run)
+                results.append(result_of(run))
+                lines = [json.dumps(result) + "\n" for result in results]
+                write(study / "results.jsonl", "".join(lines))
+                failed += "error" in results[-1]
+                done = total - len(waiting) - len(running)
+                left = (time.monotonic() - started) / done * (total - done) / 60
+                print(f"{done} of {total}, {left:.0f} min left: {lines[-1]}", end="", flush=True)
+    finally:
+        for run in running:
+            run.process.kill()
+            run.process.wait()
+        os.close(lock)
+    if failed or waiting:
+        raise errors.UserError(f"{failed + len(waiting)} runs failed; start again to retry them")
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def spread(values: list[float]) -> dict[str, Any]:
+    """Number of values, mean, standard deviation, and half the width of the 95 % interval of the
+    mean, by Student's t: t_0.975(n - 1) * std / sqrt(n)."""
+    mean = statistics.fmean(values) if values else None
+    std = half = None
+    if len(values) > 1:
+        std = statistics.stdev(values)
+        half = T_975[min(len(values) - 1, len(T_975)) - 1] * std / len(values) ** 0.5
+    return {"seeds": len(values), "mean": mean, "std": std, "half_interval": half}
+
+
+def tabulate(configurations: dict[str, C], runs: list[Run], results: list[Result]) -> list[dict]:
+    """A row for each configuration: by measure the values of the seeds, their spread, and the
+    spread of the differences to the reference, over the seeds that both have."""
+    found = [r for r in results if any(is_finished(run.identity, [r]) for run in runs)]
+    rows = []
+    for label, configuration in configurations.items():
+        reference = configuration.reference or next(iter(configurations))
+        row = {"label": label, "words": configuration.words, "reference": reference}
+        for measure in MEASURES:
+            own, other = (
+                {r["seed"]: r[measure] for r in found if r["label"] == x and r[measure] is not None}
+                for x in (label, reference)
+            )
+            differences = spread([own[seed] - other[seed] for seed in own if seed in other])
+            row[measure] = {"values": own, **spread(list(own.values())), "difference": differences}
+        rows.append(row)
+    return rows
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """Two tables: means ± standard deviations, and differences ± half of the 95 % interval."""
+    headings = " | ".join(heading for heading, _ in MEASURES.values())
+    lines = []
+    for title, reach in ("mean ± std", "std"), ("difference ± 95 %", "half_interval"):
+        lines += [f"| {title} | seeds | {headings} |", "| --- " * (len(MEASURES) + 2) + "|"]
+        for row in rows:
+            spreads, name = [row[measure] for measure in MEASURES], row["label"]
+            if reach == "half_interval":
+                spreads = [values["difference"] for values in spreads]
+                name = f"{name} - {row['reference']}"
+            cells = [name, str(max(values["seeds"] for values in spreads))]
+            for values, (_, digits) in zip(spreads, MEASURES.values(), strict=True):
+                shown = [x for x in (values["mean"], values[reach]) if x is not None]
+                cells.append(" ± ".join(f"{x:.{digits}f}" for x in shown))
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+# --- the program ----------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(usage=__doc__)
+    parser.add_argument("name", choices=STUDIES)
+    parser.add_argument("--seeds", default="0-4", help="such as 0-4 or 0,1,2")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--only", action="append", help="a label; can be repeated")
+    parser.add_argument("--table", action="store_true", help="write the tables and run nothing")
+    args = parser.parse_args()
+    configurations = {c.label: c for c in STUDIES[args.name]}
+    chosen = args.only or list(configurations)
+    if unknown := set(chosen) - configurations.keys():
+        raise ConfigError(f"only: {unknown.pop()} is not one of {', '.join(configurations)}")
+    chosen += [configurations[label].masks_from for label in chosen]
+    try:
+        ends = [part.partition("-") for part in args.seeds.split(",")]
+        seeds = [s for low, _, high in ends for s in range(int(low), int(high or low) + 1)]
+    except ValueError:
+        raise ConfigError(f"seeds: give 0-4 or 0,1,2 and the like, not {args.seeds}") from None
+
+    study = Path("runs/study", args.name)
+    study.mkdir(parents=True, exist_ok=True)
+    runs = [make_run(study, configurations, label, s) for s in seeds for label in configurations]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    try:
+        if not args.table:
+            run_all([run for run in runs if run.identity["label"] in chosen], args.jobs, study)
+    finally:
+        rows = tabulate(configurations, runs, read_results(study))
+        table = study / f"table_seeds_{args.seeds}.md"
+        write(table, markdown(rows))
+        write(table.with_suffix(".json"), json.dumps(rows, indent=2) + "\n")
+        print(table)
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,324 @@
+"""label.py: every box gets a mask, from its detection or from its best location."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from pycocotools import mask as rle_tools
+from pycocotools.coco import COCO
+
+import train
+from boxteacher.checkpoint import save_checkpoint
+from boxteacher.coco_eval import encode_masks
+from boxteacher.command_line import parse
+from boxteacher.config import ConfigError
+from boxteacher.data import collate, make_val_set
+from boxteacher.fcos import Detections, make_locations
+from boxteacher.losses import box_masks
+from boxteacher.model import Encoded, build_model
+from boxteacher.tools import label, study
+
+torch.set_num_threads(1)
+# pycocotools under numpy 2
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+# The network sees 64 x 64 pixels as 96 x 96.
+WORDS = """shapes --fpn-channels 64 --tower-convs 1 --mask-branch-channels 16 --mask-branch-convs 1
+    --device cpu --norm gn --mask-norm gn --shapes-size 64 --shapes-train 4 --shapes-val 3
+    --train-sizes 64 --train-max-size 64 --test-size 96 --test-max-size 96 --size-unit 16
+    --teacher-size 0 --batch-size 2 --steps 2 --mode boxinst""".split()
+
+
+def make_model(cfg, num_classes=6):
+    """Random weights, with biases that let the network detect something everywhere."""
+    torch.manual_seed(1)
+    model = build_model(cfg, num_classes)
+    with torch.no_grad():
+        model.head.class_logits.bias.fill_(0.5)
+        model.head.distances.bias.fill_(1.5)
+        model.head.controller.weight.normal_(std=0.03)
+        model.head.controller.bias.normal_(std=0.4)[-1] = 0.5
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model(parse(WORDS))
+
+
+@pytest.fixture(scope="module")
+def batch(model):
+    return collate([make_val_set(model.cfg)[0]])
+
+
+def whole_masks(model, encoded, batch, index):
+    with torch.no_grad():
+        return model.mask_probs(encoded, 0, torch.tensor(index), batch.sizes[0], (64, 64))
+
+
+def encode(model, batch):
+    with torch.no_grad():
+        return model.encode(model.normalize(batch.images, batch.sizes))
+
+
+def decoded(mask):
+    return torch.from_numpy(rle_tools.decode(mask["segmentation"])).bool()
+
+
+# --- one image ------------------------------------------------------------------------------------
+
+
+def test_windows_hold_the_values_of_whole_masks(model, batch):
+    encoded = encode(model, batch)
+    index = torch.arange(0, 160, 2)  # more than are read at a time
+    corners = torch.rand(len(index), 2, 2) * 64
+    boxes = torch.cat([corners.amin(1), corners.amax(1)], dim=1)
+    scores = torch.rand(len(index))
+    sizes = (batch.sizes[0], (64, 64))
+    with torch.no_grad():
+        maps, trust = label.read_masks(model, encoded, sizes, index, boxes, scores)
+    whole = whole_masks(model, encoded, batch, index.tolist())
+    for probs, wanted, box, score, found in zip(maps, whole, boxes, scores, trust, strict=True):
+        x1, y1, x2, y2 = box.tolist()
+        wanted = wanted[math.floor(y1) : math.ceil(y2), math.floor(x1) : math.ceil(x2)]
+        torch.testing.assert_close(probs, wanted, atol=1e-5, rtol=0)
+        foreground = wanted[wanted > 0.5]
+        mean = foreground.mean() if len(foreground) else torch.tensor(0.0)
+        torch.testing.assert_close(found, (score * mean).sqrt(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("box", "rows", "columns"),
+    [
+        ([3, 5, 9, 6], (5, 6), (3, 9)),
+        ([2.5, 0, 3.5, 64], (0, 64), (2, 4)),
+        ([12.3 + 1e-5, 1, 17.99999, 2.00001], (1, 2), (12, 18)),  # rounding adds no pixel
+        ([7.2, 7.3, 7.4, 7.5], (7, 8), (7, 8)),
+        ([63.9999, 0, 64, 1], (0, 1), (63, 64)),
+    ],
+)
+def test_a_window_holds_the_pixels_that_its_box_touches(box, rows, columns):
+    assert label.window(torch.tensor(box), (64, 64)) == (slice(*rows), slice(*columns))
+
+
+def test_a_box_has_the_mask_of_its_detection_or_of_its_best_location(model, batch, monkeypatch):
+    """Two detections on the first box: the one with the higher mask-aware score gets it, though the
+    other comes first. None overlaps the second box enough."""
+    encoded = encode(model, batch)
+    boxes = torch.tensor([[8.0, 8, 40, 40], [20, 30, 60, 62]])
+    index = torch.tensor([51, 24, 120])
+    found = torch.tensor([[8.0, 10, 40, 40], [6, 8, 40, 42], [40, 40, 60, 62]])
+    whole = whole_masks(model, encoded, batch, index.tolist())
+    inside = box_masks(found - torch.tensor([0, 0, 1, 1]), 64, 64, stride=1)
+    means = [float(w[i & (w > 0.5)].mean()) for w, i in zip(whole, inside, strict=True)]
+    scores = torch.tensor([0.8, 0.8 * means[0] / means[1] * 1.1, 0.9])
+    detections = Detections(found * 1.5, scores, torch.zeros(3, dtype=torch.int64), index)
+    monkeypatch.setattr(model, "detect", lambda encoded: [detections])
+    best = {tuple((boxes[1] * 1.5).tolist()): torch.tensor(133)}
+    monkeypatch.setattr(label, "best_location", lambda _, __, box: best[tuple(box.tolist())])
+
+    first, second = label.label_image(model, batch, boxes, (64, 64))
+    assert (first["mask_source"], second["mask_source"]) == ("detection", "location")
+    assert first["score"] == pytest.approx(math.sqrt(scores[1] * means[1]), abs=1e-4)
+    wanted = (whole[1] > 0.5) & box_masks(boxes[0] - torch.tensor([0, 0, 1, 1]), 64, 64, stride=1)
+    assert torch.equal(decoded(first), wanted)
+
+    quality = encoded.predictions.class_logits[0, 133].sigmoid().max()
+    quality = quality * encoded.predictions.centerness_logits[0, 133].sigmoid()
+    wanted = whole_masks(model, encoded, batch, [133])[0]
+    wanted = wanted * box_masks(boxes[1] - torch.tensor([0, 0, 1, 1]), 64, 64, stride=1)
+    assert torch.equal(decoded(second), wanted > 0.5)
+    score = math.sqrt(math.sqrt(quality) * wanted[wanted > 0.5].mean())
+    assert second["score"] == pytest.approx(score, abs=1e-4)
+
+
+def test_the_best_location_is_that_of_a_search_over_all():
+    torch.manual_seed(0)
+    maps = [torch.zeros(1, 1, side, side) for side in (32, 16, 8, 4, 2)]  # 256 x 256 pixels
+    locations = make_locations(maps, size_unit=32)
+    quality = torch.rand(len(locations.xy))
+    encoded = Encoded(None, locations, torch.zeros(0))
+    for _ in range(100):
+        x1, y1, w, h = (torch.rand(4) * torch.tensor([156, 156, 100, 100])).tolist()
+        box = torch.tensor([x1, y1, x1 + w, y1 + h])
+        x, y = x1 + w / 2, y1 + h / 2
+        best, best_quality = None, -1.0
+        nearest, nearest_distance = None, math.inf
+        for p, (px, py) in enumerate(locations.xy.tolist()):
+            reach = 1.5 * float(locations.strides[p])
+            longest = max(px - x1, x1 + w - px, py - y1, y1 + h - py)
+            low, high = locations.size_ranges[p].tolist()
+            is_inside = x1 < px < x1 + w and y1 < py < y1 + h
+            is_central = abs(px - x) < reach and abs(py - y) < reach
+            is_candidate = is_inside and is_central and low <= longest <= high
+            if is_candidate and quality[p] > best_quality:
+                best, best_quality = p, float(quality[p])
+            if math.hypot(px - x, py - y) < nearest_distance:
+                nearest, nearest_distance = p, math.hypot(px - x, py - y)
+        assert int(label.best_location(encoded, quality, box)) == (
+            nearest if best is None else best
+        )
+
+
+@pytest.mark.parametrize("bias", [0.5, -30.0, -300.0])  # the latter: no pixel over the threshold
+def test_every_box_gets_a_mask_inside_itself(batch, bias):
+    model = make_model(parse(WORDS))
+    with torch.no_grad():
+        model.head.controller.bias[-1] = bias
+    corners = torch.rand(40, 2, 2) * 64
+    boxes = torch.cat([corners.amin(1), corners.amax(1)], dim=1)
+    boxes[0], boxes[1] = torch.tensor([10.2, 10.2, 10.4, 10.4]), torch.tensor([0.0, 0, 64, 64])
+    masks = label.label_image(model, batch, boxes, (64, 64))
+    assert len(masks) == 40
+    sources = {mask["mask_source"] for mask in masks}
+    assert sources == {"detection", "location"}
+    for mask, (x1, y1, x2, y2) in zip(masks, boxes.tolist(), strict=True):
+        rows, columns = decoded(mask).nonzero().unbind(1)
+        assert len(rows) > 0
+        assert columns.min() >= math.floor(x1)
+        assert columns.max() < math.ceil(x2)
+        assert rows.min() >= math.floor(y1)
+        assert rows.max() < math.ceil(y2)
+        assert 0 <= mask["score"] <= 1
+        assert bias > 0 or mask["score"] == 0
+
+
+# --- against true masks ---------------------------------------------------------------------------
+
+
+def test_masks_ellipses_and_boxes_are_compared_with_true_masks():
+    """Of two 4 x 8 boxes, one true mask is all of its box, the other its left half."""
+    full, left = np.zeros((2, 16, 16), dtype=bool)
+    full[2:6, 2:10] = True
+    left[8:12, 2:6] = True
+    top = full & (np.arange(16) < 4)[:, None]
+    boxes = [[2, 2, 8, 4], [2, 8, 8, 4], [0, 0, 4, 4], [0, 0, 4, 4]]
+    annotations = [dict(id=i, image_id=1, category_id=1, bbox=b) for i, b in enumerate(boxes, 1)]
+    true, guess = encode_masks(np.stack([full, left])), encode_masks(np.stack([top, left]))
+    annotations[0]["segmentation"], annotations[1]["segmentation"] = true
+    annotations[3]["segmentation"] = true[0]  # not labeled
+    coco = {"images": [dict(id=1, width=16, height=16)], "annotations": annotations}
+    masks = {i: {"segmentation": guess[i - 1]} for i in (1, 2)} | {3: {"segmentation": guess[0]}}
+    table = label.compare(coco, masks)
+    assert table["masks"] == {"mean_iou": 0.75, "over_50": 0.5, "over_75": 0.5}
+    assert table["box"] == {"mean_iou": 0.75, "over_50": 0.5, "over_75": 0.5}
+    # pixel centers in the ellipse with half axes 4 and 2: 6 in the outer rows, 8 in the inner ones
+    assert table["ellipse"]["mean_iou"] == pytest.approx((28 / 32 + 14 / 30) / 2)
+    assert label.compare(coco, {3: masks[3]}) == {}
+
+
+# --- the program ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkpoint of generated images, these images as files, and boxes.json without masks."""
+    folder = tmp_path_factory.mktemp("label")
+    cfg = parse(WORDS)
+    val_set = make_val_set(cfg)
+    state = {
+        "config": dataclasses.asdict(cfg),
+        "class_names": val_set.class_names,
+        "category_ids": val_set.category_ids,
+        "step": 2,
+        "student": make_model(cfg).state_dict(),
+        "teacher": None,
+        "optimizer": None,
+    }
+    save_checkpoint(folder / "last.pt", state)
+    study.write_shapes(str(folder), WORDS)
+    coco = json.loads((folder / "train.json").read_text())
+    for annotation in coco["annotations"]:
+        del annotation["segmentation"]
+        annotation["note"] = f"number {annotation['id']}"
+    crowd = dict(id=999, image_id=1, category_id=1, bbox=[0, 0, 9, 9], iscrowd=1, area=81)
+    coco["annotations"].insert(1, crowd)
+    coco["annotations"].reverse()
+    (folder / "boxes.json").write_text(json.dumps(coco))
+    return folder
+
+
+def run(monkeypatch, *argv):
+    monkeypatch.setattr("sys.argv", ["label.py", *map(str, argv)])
+    label.main()
+
+
+def options(folder):
+    files = ["--boxes", folder / "boxes.json", "--images", folder / "train"]
+    return ["--checkpoint", folder / "last.pt", *files, "--output", folder / "masks.json"]
+
+
+def test_a_file_of_boxes_becomes_a_file_of_masks_that_condinst_learns_from(
+    folder, monkeypatch, capsys
+):
+    run(monkeypatch, *options(folder))
+    assert str(folder / "masks.json") in capsys.readouterr().out
+    before, after = (json.loads((folder / f"{n}.json").read_text()) for n in ("boxes", "masks"))
+    assert {k: v for k, v in after.items() if k != "annotations"} == {
+        k: v for k, v in before.items() if k not in ("annotations", "json_path")
+    }
+    new = {"segmentation", "score", "mask_source"}
+    for old, annotation in zip(before["annotations"], after["annotations"], strict=True):
+        assert {k: v for k, v in annotation.items() if k not in new} == old
+        assert (new <= annotation.keys()) == (annotation["id"] != 999)
+    api = COCO(str(folder / "masks.json"))
+    for annotation in after["annotations"]:
+        if annotation["id"] != 999:
+            mask = api.annToMask(annotation)
+            x, y, w, h = annotation["bbox"]
+            assert (
+                mask.sum() == mask[int(y) : math.ceil(y + h), int(x) : math.ceil(x + w)].sum() > 0
+            )
+
+    words = [*WORDS, "--mode=condinst", "--dataset=coco", f"--out={folder / 'out'}"]
+    words += [f"--train-json={folder / 'masks.json'}", f"--train-images={folder / 'train'}"]
+    words += [f"--val-json={folder / 'val.json'}", f"--val-images={folder / 'val'}"]
+    monkeypatch.setattr("sys.argv", ["train.py", *words])
+    train.main()
+    assert "condinst learned from boxes and masks" in capsys.readouterr().out
+
+
+def test_the_validation_set_is_compared_with_its_true_masks(folder, monkeypatch):
+    run(monkeypatch, "--checkpoint", folder / "last.pt")
+    content = json.loads((folder / "given_boxes.json").read_text())
+    val_set = make_val_set(parse(WORDS))
+    assert content["num_boxes"] == len(val_set.coco["annotations"])
+    assert 0 < content["num_unclaimed"] < content["num_boxes"]
+    for part in ("all", "unclaimed"):
+        assert content[part].keys() == {"masks", "ellipse", "box"}
+        assert 0 < content[part]["masks"]["mean_iou"] < 1
+        assert 0.3 < content[part]["ellipse"]["mean_iou"] < 0.8
+
+
+def test_images_as_files_are_the_generated_ones(folder):
+    words = ["--dataset=coco", f"--val-json={folder / 'val.json'}"]
+    files = make_val_set(parse([*WORDS, *words, f"--val-images={folder / 'val'}"]))
+    generated = make_val_set(parse(WORDS))
+    assert len(files) == len(generated) == 3
+    for a, b in zip(files, generated, strict=True):
+        assert torch.equal(a.image, b.image)
+        assert torch.equal(a.boxes, b.boxes)
+        assert torch.equal(a.masks, b.masks)
+
+
+def test_classes_do_not_matter(folder, monkeypatch):
+    coco = json.loads((folder / "boxes.json").read_text())
+    coco["categories"] = [{"id": 9, "name": "thing"}]
+    coco["annotations"] = [a | {"category_id": 9} for a in coco["annotations"]]
+    (folder / "things.json").write_text(json.dumps(coco))
+    outputs = ["--output", folder / "things_masks.json"]
+    run(monkeypatch, *options(folder))
+    run(monkeypatch, *options(folder), "--boxes", folder / "things.json", *outputs)
+    masks, things = (
+        json.loads((folder / f"{n}.json").read_text()) for n in ("masks", "things_masks")
+    )
+    for a, b in zip(masks["annotations"], things["annotations"], strict=True):
+        assert a | {"category_id": 9} == b
+
+
+def test_options_that_do_not_go_together_are_refused(folder, monkeypatch):
+    with pytest.raises(ConfigError, match="give --boxes, --images and --output, or none"):
+        run(monkeypatch, *options(folder)[:-2])
