@@ -122,6 +122,16 @@ class CocoDataset(Dataset):
         counts = ((empty, "images without a box"), (crowds, "crowd annotations"))
         return [f"{self.name}: training leaves out {n} {what}" for n, what in counts if n]
 
+    def true_masks(self, index: int, size: tuple[int, int]) -> Iterator[Tensor]:
+        """The true masks of image `index`, bool [h, w] of the whole image at `size`, one by one in
+        the order of its boxes. A mask that is not annotated is empty."""
+        image = self.images[index]
+        view = View((image["height"], image["width"]), size, (0, 0, *size), flip=False)
+        for annotation in self.annotations[index]:
+            has_mask = bool(annotation.get("segmentation"))
+            mask = self._mask(annotation, view) if has_mask else np.zeros(size, dtype=bool)
+            yield torch.from_numpy(mask)
+
     def __len__(self) -> int:
         return len(self.images)
 
@@ -163,13 +173,16 @@ class CocoDataset(Dataset):
         for g, annotation in enumerate(annotations):
             if not annotation.get("segmentation"):
                 continue
-            what = f"{self.name}: annotation id {annotation['id']}: field 'segmentation'"
-            with explain(what, "correct it, or remove it to use the box alone"):
-                mask = view.mask(annotation["segmentation"])
+            mask = self._mask(annotation, view)
             masks[g] = mask[2::4, 2::4]
             if self.mask_centers and mask.any():
                 centers[g] = [indices.mean() for indices in reversed(mask.nonzero())]  # x, y
         return torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0, 0, 0).bool()
+
+    def _mask(self, annotation: dict, view: View) -> np.ndarray:
+        what = f"{self.name}: annotation id {annotation['id']}: field 'segmentation'"
+        with explain(what, "correct it, or remove it to use the box alone"):
+            return view.mask(annotation["segmentation"])
 
 
 def collate(samples: list[Sample]) -> Batch:

@@ -7,19 +7,29 @@ import math
 import time
 from collections.abc import Mapping
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.ops import box_iou
 from tqdm import tqdm
 
 from . import distributed
 from .config import Config
 from .data import CocoDataset, collate
-from .model import CondInst, Instances
-from .visualize import contact_sheet, draw_instances
+from .model import CondInst, Instances, fit_boxes
+from .pseudo_labels import assign_to_boxes
+from .visualize import (
+    MAX_INSTANCES,
+    NEUTRAL,
+    contact_sheet,
+    draw_instances,
+    instance_color,
+    sheet_side,
+)
 
 
 class RunLog:
@@ -106,44 +116,64 @@ from 0.50 to 0.95. AP50 is the precision at the IoU threshold 0.50.
 
 @torch.no_grad()
 def make_contact_sheet(
-    model: CondInst, dataset: CocoDataset, device: torch.device, rows: int = 6
+    model: CondInst, dataset: CocoDataset, device: torch.device, rows: int = 4
 ) -> Image.Image:
-    """The first images with objects in four columns: boxes; the pseudo masks that the model makes
-    of these boxes (opacity = mask-aware score); its sure predictions; the true masks, where
-    there are any. Pseudo masks are made as in training, but at the size of the test images.
+    """The first images with objects in four columns: their boxes, the pseudo masks that the model
+    makes of these boxes (opacity = mask-aware score), its sure predictions, and the true masks,
+    where there are any. Pseudo masks are made as in training, but at the size of the test images.
     """
-    titles = ["image and boxes", "pseudo masks", "predictions", "truth"]
-    # scores that masks have rescored are higher
+    # Scores that masks have rescored are higher.
     sure_score = 0.65 if model.cfg.mode == "boxteacher" else 0.5
+    titles = ["image and boxes", "pseudo masks", f"predictions (score > {sure_score})", "truth"]
+    footer = (
+        "One color per object. Gray: a prediction that fits no true box (IoU under 0.5) or repeats"
+        " another. Paler pseudo masks: less trusted. Captions without a free place are left out."
+    )
+    chosen = [index for index, boxes in enumerate(dataset.boxes) if len(boxes)][:rows]
+    sizes = [(dataset.images[index]["height"], dataset.images[index]["width"]) for index in chosen]
+    side = sheet_side([height / max(height, width) for height, width in sizes], len(titles))
     was_training = model.training
     model.eval()
-    pictures = []
-    for index in range(len(dataset)):
-        if len(pictures) == rows:
-            break
-        batch = collate([dataset[index]]).to(device)
-        valid = batch.valid[0]
-        boxes, labels = batch.boxes[0, valid], batch.labels[0, valid]
-        if not len(boxes):
-            continue
-        pseudo = model.make_pseudo_masks(batch, resize=False)
-        found = model.predict(batch.images, batch.sizes, batch.sizes)[0]
-        is_sure = found.scores > sure_score
-        height, width = batch.sizes[0]
-        image = batch.images[0, :, :height, :width]
-        crop = (slice(None), slice(0, -(-height // 4)), slice(0, -(-width // 4)))
-        pseudo_masks, opacity = pseudo.masks[0, valid][crop], pseudo.weights[0, valid]
-        truth = batch.masks[0, valid][crop] if batch.masks is not None else None
-
-        draw = partial(draw_instances, image, class_names=dataset.class_names, side=384)
-        sure = Instances(*(part[is_sure] for part in found))
-        pictures.append(
-            [
-                draw(boxes, None, labels),
-                draw(None, pseudo_masks, labels, opacity=opacity),
-                draw(sure.boxes, sure.masks, sure.labels, scores=sure.scores),
-                draw(None, truth, labels),
-            ]
-        )
+    pictures = [_pictures_of(i, model, dataset, device, side, sure_score) for i in chosen]
     model.train(was_training)
-    return contact_sheet(pictures, titles)
+    return contact_sheet(pictures, titles, footer, side)
+
+
+def _pictures_of(
+    index: int,
+    model: CondInst,
+    dataset: CocoDataset,
+    device: torch.device,
+    side: int,
+    sure_score: float,
+) -> list[Image.Image]:
+    """The four pictures of an image. Predictions and true masks come in up to twice the size in
+    which they are shown, for smooth edges. Pseudo masks are known on the stride-4 grid only."""
+    batch = collate([dataset[index]]).to(device)
+    valid, (height, width) = batch.valid[0], batch.sizes[0]
+    boxes, labels = batch.boxes[0, valid], batch.labels[0, valid]
+    image, names = batch.images[0, :, :height, :width], dataset.class_names
+    draw = partial(draw_instances, image, class_names=names, side=side)
+    boxed = draw(boxes, None, labels)
+
+    pseudo = model.make_pseudo_masks(batch, resize=False)
+    masks = pseudo.masks[0, valid, : -(-height // 4), : -(-width // 4)]
+    taught = draw(None, masks, labels, opacity=pseudo.weights[0, valid])
+
+    fine = (2 * boxed.height, 2 * boxed.width)
+    found = model.predict(batch.images, batch.sizes, [fine])[0]
+    sure = Instances(*(part[found.scores > sure_score] for part in found))
+    sure_boxes, _ = fit_boxes(sure.boxes, fine, batch.sizes[0])
+    # A prediction has the color of the true box that it fits. The others are gray and faint.
+    colors, opacity = [NEUTRAL] * len(sure.boxes), [0.2] * len(sure.boxes)
+    assigned = assign_to_boxes(box_iou(sure_boxes, boxes), sure.scores)
+    for box, detection in enumerate(assigned.tolist()):
+        if detection >= 0:
+            colors[detection], opacity[detection] = instance_color(box), 1.0
+    look = {"scores": sure.scores, "opacity": opacity, "colors": colors}
+    predicted = draw(sure_boxes, sure.masks, sure.labels, **look)
+
+    original = (dataset.images[index]["height"], dataset.images[index]["width"])
+    true_masks = islice(dataset.true_masks(index, min(fine, original)), MAX_INSTANCES)
+    truth = draw(None, torch.stack([*true_masks]), labels)
+    return [boxed, taught, predicted, truth]

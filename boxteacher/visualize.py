@@ -1,27 +1,32 @@
 """Instances drawn over their image, and sheets of such pictures.
 
-Pictures are resized first and drawn on afterwards: lines and text are crisp at any image size.
+Pictures are resized first and drawn on afterwards, so lines and text are crisp at any image size.
 """
 
 from __future__ import annotations
 
 import colorsys
 from collections.abc import Sequence
+from itertools import product
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor
 
+Color = tuple[int, int, int]  # RGB, 0..255
+Box = tuple[int, int, int, int]  # left, top, right, bottom: its outermost pixels
+Numbers = Sequence[float] | Tensor | np.ndarray
+
+NEUTRAL: Color = (160, 160, 160)  # for what has no counterpart: no instance_color is gray
 FILL, RIM = 0.5, 0.9  # share of the color inside, of the pale rim, at opacity 1
-MAX_CAPTIONS = 15  # with more instances than this, captions would hide them
-TILE = 384  # side of a picture on a sheet
-GAP = 8
-MAX_WIDTH = 1600
+MAX_INSTANCES, MAX_NAME = 500, 24  # in one picture; characters
+MAX_CAPTIONS, SMALL = 15, 50  # instances, and a box's side: captions would hide more and smaller
+TILE, GAP, TITLE, FOOTER = 384, 8, 32, 28  # longest side of a picture; space; heights of text
+MAX_WIDTH, MAX_HEIGHT = 1600, 1400  # of a sheet, so that a screen shows all of it
 
 
-def instance_color(index: int) -> tuple[int, int, int]:
+def instance_color(index: int) -> Color:
     """RGB of instance `index`: hues a golden-ratio turn apart, so that neighbors differ much."""
     saturation = (0.85, 0.5, 0.7)[index % 3]
     red, green, blue = colorsys.hsv_to_rgb((0.02 + index * 0.618034) % 1, saturation, 1.0)
@@ -32,138 +37,163 @@ def draw_instances(
     image: Tensor | np.ndarray,
     boxes: Tensor | np.ndarray | None,
     masks: Tensor | np.ndarray | None,
-    labels: Sequence[int] | Tensor | np.ndarray,
+    labels: Numbers,
     class_names: Sequence[str],
-    scores: Sequence[float] | Tensor | np.ndarray | None = None,
-    opacity: float | Sequence[float] | Tensor | np.ndarray = 1.0,
+    scores: Numbers | None = None,
+    opacity: float | Numbers = 1.0,
     side: int | None = None,
+    colors: Sequence[Color] | None = None,
 ) -> Image.Image:
     """One color per instance: its mask with a firm rim, its box, its class (if several) and score.
 
-    image    uint8 [3, H, W] or [H, W, 3], RGB
+    The first instance's box lies on top. Of more than 500 instances the first 500 are drawn, and
+    the picture says so. A caption takes a free place at its box, or it is left out. With more than
+    15 instances there are no captions, and lines are thinner.
+
+    image    uint8 RGB: a tensor [3, H, W] or an array [H, W, 3]
     boxes    [D, 4] xyxy in the image's pixels, or None: no boxes, no text
     masks    [D, h, w] bool or probabilities (drawn where > 0.5) on any grid over the image, or None
     labels   [D] in 0..C-1; class_names: C names
     opacity  of the masks, 0..1: one number or [D]
     side     resize the picture so that its long side has this many pixels (default: as it is)
+    colors   [D] RGB (default: instance_color of 0, 1, ...)
     """
     picture = _to_pil(image)
     scale = side / max(picture.size) if side else 1.0
     picture = _fit(picture, side or max(picture.size))
+    draw, total = ImageDraw.Draw(picture), len(labels)
+    count, line_width = min(total, MAX_INSTANCES), 2 if total <= MAX_CAPTIONS else 1
+    colors = [instance_color(i) for i in range(count)] if colors is None else colors[:count]
     if masks is not None:
-        picture = _tint(picture, torch.as_tensor(masks), opacity)
+        is_inside = (torch.as_tensor(masks)[:count] > 0.5).cpu()
+        opacities = torch.as_tensor(opacity).expand(total).tolist()
+        areas = is_inside.sum((1, 2))  # large instances first, so that small ones stay in sight
+        for i in areas.argsort(descending=True, stable=True).tolist():
+            _tint(picture, is_inside[i].numpy(), opacities[i], colors[i], line_width)
     if boxes is not None:
-        corners = scale * torch.as_tensor(boxes).reshape(-1, 4).double().cpu()
-        texts = _captions(labels, class_names, scores)
-        _draw_boxes(picture, corners.tolist(), texts)
+        corners = (scale * torch.as_tensor(boxes)[:count].reshape(-1, 4)).round().int().tolist()
+        outlines = [(x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)) for x1, y1, x2, y2 in corners]
+        for outline, color in reversed([*zip(outlines, colors, strict=True)]):
+            draw.rectangle(outline, outline=color, width=line_width)
+        if total <= MAX_CAPTIONS:
+            _draw_captions(picture, outlines, _captions(labels, class_names, scores), colors)
+    if count < total:
+        draw.font, place = ImageFont.load_default(12), (4, picture.height - 17)
+        draw.text(place, f"{count} of {total} drawn", stroke_width=2, stroke_fill="black")
     return picture
 
 
+def sheet_side(row_heights: Sequence[float], columns: int) -> int:
+    """Long side of each picture on a sheet that fits a screen. row_heights: of each row's pictures,
+    as a share of their long side."""
+    room = MAX_HEIGHT - TITLE - FOOTER - GAP * len(row_heights)
+    width = (MAX_WIDTH - GAP) // max(1, columns) - GAP
+    return max(32, int(min(TILE, width, room / max(1, sum(row_heights)))))
+
+
 def contact_sheet(
-    rows: Sequence[Sequence[Image.Image]], column_titles: Sequence[str]
+    rows: Sequence[Sequence[Image.Image]],
+    column_titles: Sequence[str],
+    footer: str = "",
+    side: int | None = None,
 ) -> Image.Image:
-    """Rows of pictures under column titles, fitted into tiles of one size; at most 1600 px wide."""
+    """Rows of pictures under column titles, all with one long side (default: their sheet_side)."""
     columns = len(column_titles)
     if any(len(row) != columns for row in rows):
-        lengths = [len(row) for row in rows]
-        raise ValueError(f"contact_sheet: {columns} titles, but rows of {lengths} pictures")
-    tile = min(TILE, (MAX_WIDTH - GAP) // max(1, columns) - GAP)
+        raise ValueError(f"contact_sheet: {columns} titles, but a row of fewer or more pictures")
+    tile = side or sheet_side([max(p.height / max(p.size) for p in row) for row in rows], columns)
     fitted = [[_fit(picture, tile) for picture in row] for row in rows]
-    heights = [max((picture.height for picture in row), default=0) for row in fitted]
-    font, title_height = ImageFont.load_default(size=18), 32
+    heights = [max(picture.height for picture in row) for row in fitted]
 
-    sheet_height = title_height + sum(heights) + GAP * len(rows)
+    sheet_height = TITLE + sum(heights) + GAP * len(rows) + (FOOTER if footer else 0)
     sheet = Image.new("RGB", (GAP + columns * (tile + GAP), sheet_height), "white")
-    draw = ImageDraw.Draw(sheet)
+    draw, y = ImageDraw.Draw(sheet), TITLE
     for column, title in enumerate(column_titles):
-        center = GAP + column * (tile + GAP) + tile / 2
-        draw.text((center, title_height / 2), title, fill=(30, 30, 30), font=font, anchor="mm")
-    y = title_height
+        center = (GAP + column * (tile + GAP) + tile / 2, TITLE / 2)
+        draw.text(center, title, "black", ImageFont.load_default(17), "mm")
     for row, height in zip(fitted, heights, strict=True):
         for column, picture in enumerate(row):
             left = GAP + column * (tile + GAP) + (tile - picture.width) // 2
             sheet.paste(picture, (left, y + (height - picture.height) // 2))
         y += height + GAP
+    draw.text((GAP, y), footer, "black", ImageFont.load_default(13))
     return sheet
 
 
 def _to_pil(image: Tensor | np.ndarray) -> Image.Image:
-    array = image.cpu().numpy() if isinstance(image, Tensor) else image
-    if array.dtype != np.uint8 or array.ndim != 3 or 3 not in (array.shape[0], array.shape[2]):
-        raise ValueError(
-            f"draw_instances: image must be uint8 [3, H, W] or [H, W, 3], not "
-            f"{array.dtype} {list(array.shape)}"
-        )
-    if array.shape[2] != 3:
-        array = array.transpose(1, 2, 0)
+    array = image.movedim(0, -1).cpu().numpy() if isinstance(image, Tensor) else image
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+        raise ValueError(f"draw_instances: {image.dtype} {list(image.shape)} is no uint8 RGB image")
     return Image.fromarray(np.ascontiguousarray(array))
 
 
 def _fit(picture: Image.Image, side: int) -> Image.Image:
     """The picture with a long side of `side` pixels (PIL's bicubic is antialiased downwards)."""
     scale = side / max(picture.size)
-    if scale == 1:
-        return picture
     size = [max(1, round(scale * length)) for length in picture.size]
     return picture.resize(size, Image.Resampling.BICUBIC)
 
 
 def _tint(
-    picture: Image.Image,
-    masks: Tensor,
-    opacity: float | Sequence[float] | Tensor | np.ndarray,
-) -> Image.Image:
-    """Blend every mask's color in, large instances first, so that small ones stay in sight.
-
-    torchvision's draw_segmentation_masks has one alpha for all; here each instance has its own.
-    """
-    count = len(masks)
-    opacities = torch.as_tensor(opacity, dtype=torch.float32).cpu().expand(count).tolist()
-    canvas = torch.from_numpy(np.array(picture)).float()  # [H, W, 3]
-    height, width = canvas.shape[:2]
-    is_on_grid = masks.shape[-2:] == (height, width)
-    areas = masks.flatten(1).sum(1) if count else torch.zeros(0)
-    for i in areas.argsort(descending=True, stable=True).tolist():
-        mask = masks[i].float().cpu()[None, None]
-        if not is_on_grid:
-            mask = F.interpolate(mask, size=(height, width), mode="bilinear", antialias=True)
-        inside = (mask > 0.5).float()
-        core = 1 - F.max_pool2d(1 - inside, 5, stride=1, padding=2)  # eroded by two pixels
-        core, rim = core[0, 0, :, :, None], (inside - core)[0, 0, :, :, None]
-        color = torch.tensor(instance_color(i))
-        canvas += opacities[i] * FILL * core * (color - canvas)
-        canvas += opacities[i] * RIM * rim * ((color + 255) / 2 - canvas)
-    return Image.fromarray(canvas.round().clamp(0, 255).byte().numpy())
+    picture: Image.Image, is_inside: np.ndarray, opacity: float, color: Color, rim_width: int
+) -> None:
+    """Blend the color in where the mask is. The image turns gray there, or its own colors would mix
+    in. (torchvision's draw_segmentation_masks has neither rims nor an opacity of each mask.)"""
+    mask = _resize_mask(Image.fromarray(255 * is_inside.astype(np.uint8)), picture.size)
+    left, top, right, bottom = mask.getbbox() or (0, 0, 0, 0)
+    window = (left - rim_width, top - rim_width, right + rim_width, bottom + rim_width)
+    mask, gray = mask.crop(window), picture.crop(window).convert("L").convert("RGB")
+    core = mask.filter(ImageFilter.MinFilter(2 * rim_width + 1))  # eroded
+    rim, pale = ImageChops.subtract(mask, core), tuple((value + 255) // 2 for value in color)
+    for part, part_color, share in ((core, color, FILL), (rim, pale, RIM)):
+        tinted = Image.blend(gray, Image.new("RGB", gray.size, part_color), share)
+        picture.paste(tinted, window, part.point([round(opacity * n) for n in range(256)]))
 
 
-def _captions(
-    labels: Sequence[int] | Tensor | np.ndarray,
-    class_names: Sequence[str],
-    scores: Sequence[float] | Tensor | np.ndarray | None,
-) -> list[str]:
-    """A class and a score for each instance, as far as there are several classes, and scores."""
-    label_list = torch.as_tensor(labels).tolist()
-    names = [class_names[label] if len(class_names) > 1 else "" for label in label_list]
-    if scores is None:
-        return names
-    values = torch.as_tensor(scores).tolist()
-    return [f"{name} {value:.2f}".strip() for name, value in zip(names, values, strict=True)]
+def _resize_mask(mask: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """A mask of 0 and 255 at the picture's size. The steps of a coarser grid become smooth lines.
+    Edges rise from 0 to 255 within about a pixel."""
+    if mask.size == size:
+        return mask
+    scale = max(size) / max(mask.size)
+    if scale > 1:
+        mask = mask.filter(ImageFilter.GaussianBlur(0.7))
+    mask = mask.resize(size, Image.Resampling.BICUBIC)
+    highest = max(1, mask.getextrema()[1])  # under 255 for what is smaller than the blur
+    slope = 1.5 * max(1.0, scale)
+    curve = (127.5 + 255 * slope * (value / highest - 0.5) for value in range(256))
+    return mask.point([round(min(max(value, 0), 255)) for value in curve])
 
 
-def _draw_boxes(picture: Image.Image, boxes_xyxy: list[list[float]], captions: list[str]) -> None:
-    """Boxes, then captions over all of them, at their boxes' top left corners, in the picture."""
-    draw = ImageDraw.Draw(picture)
-    for i, (x1, y1, x2, y2) in enumerate(boxes_xyxy):
-        corners = (x1, y1, max(x1, x2 - 1), max(y1, y2 - 1))
-        draw.rectangle(corners, outline=instance_color(i), width=2)
-    if len(captions) > MAX_CAPTIONS:
-        return
-    font = ImageFont.load_default(size=12)
-    for i, (x1, y1, _, _) in enumerate(boxes_xyxy):
-        if not captions[i]:
-            continue
-        _, _, text_width, text_height = draw.textbbox((0, 0), captions[i], font=font)
-        x = max(0, min(x1, picture.width - text_width - 4))
-        y = max(0, min(y1 - text_height - 2, picture.height - text_height - 2))
-        draw.rectangle((x, y, x + text_width + 4, y + text_height + 2), fill=instance_color(i))
-        draw.text((x + 2, y), captions[i], fill="black", font=font)
+def _captions(labels: Numbers, class_names: Sequence[str], scores: Numbers | None) -> list[str]:
+    """Class and score of each instance, as far as there are several classes, and scores. Names are
+    cut, and control characters, escape codes and lone surrogates go."""
+    captions = []
+    for i, label in enumerate(torch.as_tensor(labels).tolist()):
+        start = class_names[label][: 10 * MAX_NAME]
+        name = " ".join("".join(c if c.isprintable() else " " for c in start).split()) or "?"
+        name = name if len(name) <= MAX_NAME else name[: MAX_NAME - 3] + "..."
+        score = [f"{float(scores[i]):.2f}"] if scores is not None else []
+        captions.append(" ".join([name] * (len(class_names) > 1) + score))
+    return captions
+
+
+def _draw_captions(
+    picture: Image.Image, boxes: Sequence[Box], captions: Sequence[str], colors: Sequence[Color]
+) -> None:
+    """Captions above, below or inside their boxes, where they hide no other caption and no small
+    box. A caption without such a place is left out."""
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(12)
+    free = Image.new("L", picture.size, 1)
+    for x1, y1, x2, y2 in boxes:
+        if min(x2 - x1, y2 - y1) < SMALL:
+            free.paste(0, (x1, y1, x2 + 1, y2 + 1))
+    for (x1, y1, x2, y2), caption, color in zip(boxes, captions, colors, strict=True):
+        width, height = round(draw.textlength(caption, font)) + 4, 15
+        for y, x in product((y1 - height, y2 + 1, y1, y2 + 1 - height), (x1, x2 + 1 - width)):
+            spot = (x, y, x + width, y + height)
+            if caption and free.crop(spot).getextrema()[0]:  # 0 outside of the picture, too
+                free.paste(0, spot)
+                picture.paste(color, spot)
+                draw.text((x + 2, y), caption, "black", font)
+                break
