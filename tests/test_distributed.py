@@ -59,14 +59,14 @@ def test_auto_takes_what_there_is(no_torchrun):
 
 def test_no_gpu_is_said_in_one_line(no_torchrun, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(ValueError, match="use --device cpu"):
+    with pytest.raises(distributed.DeviceError, match="use --device cpu"):
         distributed.init_distributed("cuda")
 
 
 def test_too_few_gpus_are_said_in_one_line(no_torchrun, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ValueError, match="use torchrun --nproc_per_node=2"):
+    with pytest.raises(distributed.DeviceError, match="use torchrun --nproc_per_node=2"):
         distributed.init_distributed("cuda")
 
 

@@ -59,8 +59,8 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "guard": ({"torch"}, {"distributed", "errors"}),
     "visualize": ({"torch", "numpy", "PIL"}, set()),
     "reporting": (
-        {"torch", "tqdm", "PIL"},
-        {"config", "data", "distributed", "model", "visualize"},
+        {"torch", "torchvision.ops", "tqdm", "PIL"},
+        {"config", "data", "distributed", "model", "pseudo_labels", "visualize"},
     ),
 }
 TOP_LEVEL = {

@@ -48,7 +48,7 @@ def make_states(cfg, device: str) -> tuple[train.State, train.State]:
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected).norm() / expected.norm())
+    return ((found.double() - expected).norm() / expected.norm()).item()
 
 
 @pytest.mark.parametrize("device", DEVICES)
