@@ -174,7 +174,7 @@ def _check_files(coco: dict, name: str, images_dir: Path) -> None:
             if is_plain and (image.format != "PNG" or "exif" in image.info):  # a PNG would load
                 is_plain = image.getexif().get(EXIF_ORIENTATION, 1) == 1
         if not is_plain:  # let the loader decide, which knows how to rotate
-            check_size(_load_image(images_dir, entry), entry, name)
+            check_size(_load_image(images_dir, "stretch", entry), entry, name)
 
 
 # --- run-length codes -----------------------------------------------------------------------------
@@ -238,28 +238,52 @@ def check_size(image: np.ndarray, entry: dict, name: str) -> None:
         )
 
 
-def image_loader(images_dir: str | Path) -> Callable[[dict], np.ndarray]:
+def image_loader(images_dir: str | Path, contrast: str = "none") -> Callable[[dict], np.ndarray]:
     """A function from an image entry to its file's pixels, upright, RGB uint8 [h, w, 3]."""
-    return functools.partial(_load_image, Path(images_dir))
+    return functools.partial(_load_image, Path(images_dir), contrast)
 
 
-def _load_image(images_dir: Path, entry: dict) -> np.ndarray:
+def _load_image(images_dir: Path, contrast: str, entry: dict) -> np.ndarray:
     """Any PIL mode as RGB: EXIF rotation applied, the first of several frames.
 
-    Alpha is dropped, as COCO recipes do: the colors under it stay. 16 bits become 8 by 255/65535,
-    so stretch 12-bit images beforehand. Mode I counts as 16 bits if a value is over 255, else as 8.
-    Floating point has no agreed range and is refused.
+    Alpha is dropped, as COCO recipes do: the colors under it stay. With contrast "stretch" the
+    values are stretched before they become 8 bits (`stretch_contrast`). With "none", 16 bits become
+    8 by 255/65535. Mode I counts as 16 bits if a value is over 255, else as 8. Floating point has
+    no agreed range and is refused.
     """
     path = images_dir / entry["file_name"]
     with explain(str(path), "replace it, or remove it from the JSON"), Image.open(path) as file:
         image = ImageOps.exif_transpose(file)
-        if image.mode == "F":
-            raise ValueError("floating-point pixels have no agreed range, save 8 or 16 bits")
-        if not image.mode.startswith("I"):
-            return np.array(image.convert("RGB"))
-        gray = np.asarray(image).astype(np.int64)
-        if gray.min() < 0 or gray.max() > 65535:
-            raise ValueError("32-bit pixels beyond 0..65535, save 8 or 16 bits")
-        if image.mode != "I" or gray.max() > 255:
-            gray = (gray * 255 + 32767) // 65535
+        if not image.mode.startswith(("I", "F")):
+            pixels = np.array(image.convert("RGB"))
+            return stretch_contrast(pixels) if contrast == "stretch" else pixels
+        gray = np.asarray(image)
+        if contrast == "stretch":
+            gray = stretch_contrast(gray)
+        elif image.mode == "F":
+            raise ValueError(
+                "floating-point pixels have no agreed range: save 8 or 16 bits, or use --contrast"
+                " stretch"
+            )
+        elif gray.min() < 0 or gray.max() > 65535:
+            raise ValueError(
+                "32-bit pixels beyond 0..65535: save 8 or 16 bits, or use --contrast stretch"
+            )
+        elif image.mode != "I" or gray.max() > 255:
+            gray = (gray.astype(np.int64) * 255 + 32767) // 65535
         return np.repeat(gray.astype(np.uint8)[:, :, None], 3, axis=2)
+
+
+def stretch_contrast(pixels: np.ndarray) -> np.ndarray:
+    """Map the image's 0.5th percentile to 0 and its 99.5th to 255, linearly, and cut the rest off.
+
+    The percentiles are those of all values, so the channels of a color image keep their ratios to
+    each other, and a second stretch changes nothing. An image of (nearly) one value becomes 0.
+    pixels of any shape and number type. Returns uint8. Raises ValueError for NaN and infinity.
+    """
+    if not np.isfinite(pixels).all():
+        raise ValueError("pixels that are not finite numbers")
+    low = float(np.percentile(pixels, 0.5, method="lower"))
+    high = float(np.percentile(pixels, 99.5, method="higher"))
+    scaled = (pixels.astype(np.float64) - low) * (255 / max(high - low, 1e-12))
+    return (scaled.clip(0, 255) + 0.5).astype(np.uint8)

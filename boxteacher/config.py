@@ -50,6 +50,7 @@ class Config:
     test_scale: float = 0.0  # if > 0: enlarge by this factor at test time, not to test_size
     crop: int = 0  # if > 0: train on random square crops of so many pixels
     flip: bool = True  # mirror half of the training images
+    contrast: Literal["none", "stretch"] = "none"  # stretch: for dark images (microscopes, X-ray)
     bottom_rows: int = 10  # of the original image, ignored by color similarity (COCO: 10, else 0)
     workers: int = 4  # data loading processes per rank
 

@@ -309,7 +309,7 @@ def make_train_set(cfg: Config) -> CocoDataset:
         load_image = functools.partial(_kept, [paint(entry) for entry in coco["images"]])
     else:
         coco = read_coco(cfg.train_json, cfg.train_images)
-        load_image = image_loader(cfg.train_images)
+        load_image = image_loader(cfg.train_images, cfg.contrast)
     return CocoDataset(
         coco,
         load_image,
@@ -332,7 +332,7 @@ def make_val_set(cfg: Config) -> CocoDataset:
         load_image = load_shapes_image(0, cfg.shapes_size)
     else:
         coco = read_coco(cfg.val_json, cfg.val_images)
-        load_image = image_loader(cfg.val_images)
+        load_image = image_loader(cfg.val_images, cfg.contrast)
     scales = (cfg.test_scale,) if cfg.test_scale else ()
     geometry = Geometry((cfg.test_size,), cfg.test_max_size, scales)
     return CocoDataset(coco, load_image, geometry, train=False)

@@ -21,6 +21,7 @@ from torchvision.ops import box_iou, clip_boxes_to_image
 
 from . import fcos, losses
 from .backbone import NORMS, SWINS, Backbone, MobileNetV2, ResNet, Swin, without_drop_path
+from .coco import stretch_contrast
 from .config import Config
 from .data import Batch
 from .distributed import reduce_mean
@@ -276,9 +277,10 @@ class CondInst(nn.Module):
         return results
 
     def predict_image(self, image: np.ndarray) -> Instances:
-        """Detect in one image, uint8 RGB [h, w, 3], resized as for evaluation. The results are in
-        the image's own pixels. Call `eval()` before."""
+        """Detect in one image, uint8 RGB [h, w, 3], stretched and resized as for evaluation. The
+        results are in the image's own pixels. Call `eval()` before."""
         cfg, size = self.cfg, image.shape[:2]
+        image = stretch_contrast(image) if cfg.contrast == "stretch" else image
         resized = resized_size(*size, cfg.test_size, cfg.test_max_size, cfg.test_scale)
         view = View(size, resized, (0, 0, *resized), flip=False)
         pixels = torch.tensor(view.image(image), device=self.pixel_mean.device).permute(2, 0, 1)

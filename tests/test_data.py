@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
 import pickle
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -19,8 +20,17 @@ from PIL import Image
 from pycocotools import mask as rle_codec
 
 from boxteacher import data, transforms
-from boxteacher.coco import DataError, check_coco, decode_mask, image_loader, read_coco, run_lengths
+from boxteacher.coco import (
+    DataError,
+    check_coco,
+    decode_mask,
+    image_loader,
+    read_coco,
+    run_lengths,
+    stretch_contrast,
+)
 from boxteacher.config import Config
+from boxteacher.presets import from_preset
 from boxteacher.transforms import Geometry, View, augment, draw_view
 
 NUCLEI = Path(__file__).parents[2] / "shared" / "data" / "nuclei"
@@ -840,6 +850,56 @@ def test_loading_leaves_the_global_random_state_alone():
 
 def refuse(entry: dict) -> np.ndarray:
     raise DataError(f"dir/{entry['file_name']} cannot be read (DataError: or so); replace it")
+
+
+@pytest.mark.parametrize("kind", ["rgb", "gray16", "float"])
+def test_stretched_contrast_against_sorted_values(kind):
+    """From all values, channels alike; what lies outside the percentiles is cut off."""
+    rng = np.random.default_rng(0)
+    pixels = {
+        "rgb": rng.integers(40, 90, (30, 20, 3)).astype(np.uint8),
+        "gray16": rng.integers(300, 4096, (30, 20)).astype(np.uint16),
+        "float": rng.normal(-3, 2, (30, 20)).astype(np.float32),
+    }[kind]
+    pixels[0, 0] = pixels.max() + 100  # one hot pixel
+    found = stretch_contrast(pixels)
+    assert found.dtype == np.uint8
+    values = np.sort(pixels.ravel().astype(float))
+    low = values[math.floor(0.005 * (len(values) - 1))]
+    high = values[math.ceil(0.995 * (len(values) - 1))]
+    expected = np.floor(((pixels - low) / (high - low) * 255).clip(0, 255) + 0.5)
+    assert np.abs(found - expected).max() <= 1
+    assert (found.min(), found.max()) == (0, 255)
+    assert np.array_equal(stretch_contrast(found), found)
+    assert not stretch_contrast(np.full((4, 4), 7)).any()
+    with pytest.raises(ValueError, match="finite"):
+        stretch_contrast(np.array([1.0, np.nan]))
+
+
+def test_contrast_is_stretched_before_values_become_8_bits(tmp_path):
+    """A 12-bit image in a 16-bit file has 16 gray values without the stretch, 256 with it."""
+    gray = np.arange(4096, dtype=np.uint16).reshape(64, 64)
+    Image.fromarray(gray).save(tmp_path / "a.png")
+    entry = {"file_name": "a.png"}
+    assert len(np.unique(image_loader(tmp_path)(entry))) <= 17
+    assert len(np.unique(image_loader(tmp_path, "stretch")(entry))) == 256
+    Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)).save(tmp_path / "f.tiff")
+    with pytest.raises(DataError, match="--contrast stretch"):
+        image_loader(tmp_path)({"file_name": "f.tiff"})
+    assert image_loader(tmp_path, "stretch")({"file_name": "f.tiff"}).max() == 255
+
+
+@pytest.mark.parametrize("field", ["train", "val"])
+def test_both_data_sets_stretch_contrast_if_the_configuration_says_so(field, tmp_path):
+    json_path, images_dir = write(tmp_path, tiny_coco())
+    paths = {f"{field}_json": str(json_path), f"{field}_images": str(images_dir)}
+    sets = []
+    for contrast in ("none", "stretch"):
+        cfg = from_preset("nuclei", contrast=contrast, **paths)
+        make = data.make_train_set if field == "train" else data.make_val_set
+        sets.append(make(cfg))
+    plain, stretched = (s.load_image(s.images[0]) for s in sets)
+    assert np.array_equal(stretch_contrast(plain), stretched)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])

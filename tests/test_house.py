@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     # the method
     "model": (
         {"torch", "torchvision", "numpy"},
-        ALONE | {"config", "data", "distributed", "transforms"},
+        ALONE | {"coco", "config", "data", "distributed", "transforms"},
     ),
     # around it
     "checkpoint": ({"torch", "numpy"}, {"config", "errors", "model"}),
