@@ -1,6 +1,6 @@
-"""One process or many, behind the same few functions (torchrun; NCCL on GPUs, gloo on CPUs).
+"""One process or many (torchrun, with NCCL on GPUs and gloo on CPUs), by the same functions.
 
-Without torchrun there is no process group: rank 0 of 1, and every function here does the obvious.
+Without torchrun there is no process group. Then this process is rank 0 of 1.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from torch import Tensor, nn
 
 from .errors import UserError
 
-# How long a rank waits for another before it gives up. Longer than rank 0 takes to evaluate alone,
-# short enough that a rank that died does not hold the others (and the machine) for ever.
+# How long a rank waits for another before it gives up: longer than rank 0 takes to evaluate alone,
+# and short enough to free the machine when a rank has died.
 TIMEOUT = timedelta(minutes=30)
 
 
 class DeviceError(UserError):
-    """A device that this process cannot have; the message is one line for the user."""
+    """There is no such device for this process."""
 
 
 def init_distributed(device: Literal["auto", "cuda", "cpu"] = "auto") -> torch.device:
-    """Join the group that torchrun describes in RANK, WORLD_SIZE and LOCAL_RANK, if it does.
+    """Join the process group, if torchrun has set RANK, WORLD_SIZE and LOCAL_RANK.
 
-    Returns this process's device; "auto" is a GPU where there is one. Raises DeviceError when there
-    is no GPU to give to this process.
+    Returns the device of this process. "auto" is a GPU where there is one. Raises DeviceError if
+    there is no GPU for this process.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -78,8 +78,8 @@ def barrier() -> None:
 def reduce_mean(tensor: Tensor) -> Tensor:
     """The mean over ranks of a tensor of any shape, the same on every rank, without gradient.
 
-    For normalizers such as n_pos, "mean over ranks of the number of positives". The tensor itself
-    stays as it is; whole numbers give a float. Does not wait for the GPU.
+    For counts, such as the mean over ranks of the number of positives. The tensor itself does not
+    change. Whole numbers give a float. The function does not wait for the GPU.
     """
     total = tensor.detach().clone()
     if _has_group():
@@ -95,7 +95,8 @@ def broadcast_buffers(module: nn.Module) -> None:
 
 
 def gather_objects(value: Any) -> list[Any] | None:
-    """Every rank's value (anything that pickles), in rank order, on rank 0; None on the others."""
+    """On rank 0 the values of all ranks, in rank order; None on the others. A value is anything that
+    can be pickled."""
     if not _has_group():
         return [value]
     gathered = [None] * world_size() if is_main() else None

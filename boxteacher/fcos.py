@@ -2,8 +2,8 @@
 
 N images · G boxes · K mask locations · C classes · P locations over all levels · D detections
 
-Every location of strides 8, 16, 32, 64, 128 predicts C class logits, a box as distances (left, top,
-right, bottom) in units of its stride, and a centerness. Boxes are xyxy in pixels.
+Every location of strides 8, 16, 32, 64, 128 predicts C class logits, a box and a centerness. The box
+is four distances (left, top, right, bottom) in units of the stride. Other boxes are xyxy in pixels.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SIZE_RANGES = ((-1, 1), (1, 2), (2, 4), (4, 8), (8, math.inf))  # of the levels,
 class Locations(NamedTuple):
     """The P locations of a feature pyramid, level by level, row by row.
 
-    Each answers for boxes whose longest distance from it is in its level's range.
+    A location predicts boxes whose longest distance from it is in its level's range.
     """
 
     xy: Tensor  # [P, 2] pixels
@@ -61,9 +61,9 @@ class Detections(NamedTuple):
 
 
 class FCOSHead(nn.Module):
-    """Two towers of [conv, GroupNorm, ReLU] shared over levels; class logits from one, box
-    distances, centerness and the controller (the parameters of CondInst's dynamic mask head) from
-    the other.
+    """Two towers of [conv, GroupNorm, ReLU], shared over levels. One gives the class logits. The
+    other gives box distances, centerness and the controller's output: the parameters of CondInst's
+    dynamic mask head.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ def gather_patches(maps: Sequence[Tensor], index: Tensor) -> Tensor:
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Losses and scores leave bfloat16 behind; float64 stays."""
+    """bfloat16 to float32, for losses and scores. float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -281,9 +281,11 @@ def detect(
     nms_threshold: float = 0.6,
     max_detections: int = 100,
 ) -> list[Detections]:
-    """Decode (FCOS, section 3): p = class probability * centerness over the threshold, the
-    `pre_nms_top` best (location, class) pairs of each level, class-wise NMS over all levels, the
-    `max_detections` best (those tied with the last stay).
+    """Decode (FCOS, section 3). p is class probability * centerness.
+
+    Each level keeps its `pre_nms_top` best pairs (location, class) with p over the threshold. Then
+    NMS runs for each class over all levels. The `max_detections` best stay, and those that are tied
+    with the last.
     """
     probs = predictions.class_logits.sigmoid() * predictions.centerness_logits.sigmoid()[..., None]
     num_classes = probs.shape[-1]

@@ -46,8 +46,8 @@ def aligned_upsample(x: Tensor, factor: int) -> Tensor:
 class MaskBranch(nn.Module):
     """Mask features for all instances of an image, at stride 8 (CondInst).
 
-    P3, P4, P5 each through conv-norm-relu, upsampled to stride 8 and summed; `num_convs` more such
-    blocks; a 1x1 conv to `out_channels`. `norm(channels)` makes a normalization layer.
+    P3, P4, P5 each pass conv-norm-relu, are upsampled to stride 8 and summed. `num_convs` more such
+    blocks and a 1x1 conv to `out_channels` follow. `norm(channels)` makes a normalization layer.
     """
 
     def __init__(
@@ -86,8 +86,8 @@ def dynamic_mask_logits(
     """Three 1x1 convs with parameters of each instance's own, over [relative coordinates;
     features] (CondInst, section 3.2).
 
-    The first layer splits into a part of the features, which is one matrix product per image for
-    all instances, and a part of the relative coordinates, which is affine in column and row:
+    The first layer is a sum. The part of the features is one matrix product per image for all
+    instances. The part of the relative coordinates is affine in column and row:
 
         W [coordinates; features] + b
             = W_f features + w_x (loc_x - x) / soi + w_y (loc_y - y) / soi + b

@@ -253,7 +253,7 @@ class CondInst(nn.Module):
         self, images: Tensor, sizes: Sequence[Size], output_sizes: Sequence[Size]
     ) -> list[Instances]:
         """Detect in uint8 [N, 3, h, w] images, padded, whose own sizes are `sizes`. The results are
-        in pixels of `output_sizes`, best first before rescoring; empty boxes are dropped.
+        in pixels of `output_sizes`. Empty boxes are dropped.
 
         In mode boxteacher the score is sqrt(c * mean probability of the mask's foreground), 0 for
         an empty mask, with c the detection's score. In the other modes it is c. (The score of
@@ -373,8 +373,8 @@ def pseudo_losses(
 
 @torch.no_grad()
 def pseudo_mask_metrics(pseudo: PseudoMasks, batch: Batch) -> dict[str, Tensor]:
-    """How many boxes have a pseudo mask, how far these are trusted and, where true masks exist, how
-    right they are (mean IoU on the stride-4 grid). Fractions [2], which can be summed over ranks.
+    """How many boxes have a pseudo mask, and the mean score of these. Where true masks exist, also
+    their mean IoU on the stride-4 grid. Fractions [2], which can be summed over ranks.
     """
     has_pseudo = (pseudo.weights > 0) & batch.valid
     count = has_pseudo.sum()
