@@ -13,7 +13,6 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -89,7 +88,7 @@ def pair_shares(counts: Tensor, has_mask: Tensor) -> dict[str, float]:
     return {name: round(100 * float(share), 3) for name, share in zip(ROWS, shares, strict=False)}
 
 
-def statistics(data: CocoDataset, images: int, threshold: float) -> dict[str, Any]:
+def statistics(data: CocoDataset, images: int, threshold: float) -> dict[str, object]:
     """Sizes (5 %, median, 95 %) and ROWS of `images` images, spread evenly over the set."""
     chosen = np.unique(np.linspace(0, len(data) - 1, images).astype(int)).tolist()
     batches = [collate([data[index]]) for index in chosen]
