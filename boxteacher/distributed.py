@@ -95,8 +95,8 @@ def broadcast_buffers(module: nn.Module) -> None:
 
 
 def gather_objects(value: Any) -> list[Any] | None:
-    """On rank 0 the values of all ranks, in rank order; None on the others. A value is anything that
-    can be pickled."""
+    """On rank 0 the values of all ranks, in rank order, and None on the other ranks. A value is
+    anything that can be pickled."""
     if not _has_group():
         return [value]
     gathered = [None] * world_size() if is_main() else None

@@ -2,8 +2,9 @@
 
 N images · G boxes · K mask locations · C classes · P locations over all levels · D detections
 
-Every location of strides 8, 16, 32, 64, 128 predicts C class logits, a box and a centerness. The box
-is four distances (left, top, right, bottom) in units of the stride. Other boxes are xyxy in pixels.
+Every location of strides 8, 16, 32, 64, 128 predicts C class logits, a box and a centerness. Its
+box is four distances (left, top, right, bottom) in units of the stride. Other boxes are xyxy, in
+pixels.
 """
 
 from __future__ import annotations

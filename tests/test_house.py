@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib
 import re
 import shutil
 import subprocess
@@ -178,6 +179,35 @@ def test_the_readme_names_the_test_command_that_ci_runs():
     command = "python -m pytest -q"
     assert command in (ROOT / ".ci" / "run").read_text().splitlines()
     assert command in (ROOT / "README.md").read_text()
+
+
+# --- what README says ---------------------------------------------------------
+
+
+def test_every_function_that_readme_names_exists():
+    table = re.search(
+        r"(?ms)^## From equation to function$(.*?)^## ", (ROOT / "README.md").read_text()
+    )
+    names = re.findall(r"`(\w+(?:\.\w+)+)`", table[1])
+    assert len(names) > 20
+    for name in names:
+        module, *path = name.split(".")
+        module = "train" if module == "train" else f"boxteacher.{module}"
+        found = importlib.import_module(module)
+        for part in path:
+            found = getattr(found, part)
+
+
+def test_readme_is_written_in_plain_sentences():
+    """Short ones, for readers whose first language is not English: no code, tables and headings."""
+    text = re.sub(r"```.*?```", "", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    lines = [line for line in text.splitlines() if not line.startswith(("|", "#", "!"))]
+    text = re.sub(r"`[^`]*`", "x", re.sub(r"\]\([^)]*\)", "]", "\n".join(lines)))
+    assert ";" not in text
+    sentences = [s.split() for s in re.split(r"(?<=[.!?:])\s+|\n\n|\n- ", text)]
+    lengths = [len(words) for words in sentences if len(words) > 2]
+    assert max(lengths) <= 28
+    assert sum(lengths) / len(lengths) < 18
 
 
 # --- nothing private ----------------------------------------------------------
