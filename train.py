@@ -163,9 +163,13 @@ def mean_of(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def train(
-    cfg: Config, out: Path, device: torch.device, train_set: CocoDataset, val_set: CocoDataset
+    cfg: Config,
+    out: Path,
+    device: torch.device,
+    train_set: CocoDataset,
+    val_set: CocoDataset | None,
 ) -> dict[str, Any]:
-    """The training loop. Returns the last evaluation's tables (on rank 0)."""
+    """The training loop. Returns the last evaluation's tables (on rank 0, given a val_set)."""
     torch.manual_seed(cfg.seed)
     state = make_state(cfg, len(train_set.class_names), device)
     if cfg.resume:
@@ -187,7 +191,7 @@ def train(
             if is_due(cfg.checkpoint_every):
                 state.guard.raise_if_bad()
                 save(out / "last.pt", state, train_set)
-            if is_due(cfg.eval_every):
+            if val_set is not None and is_due(cfg.eval_every):
                 state.guard.raise_if_bad()
                 tables = evaluate(state, out, val_set, log)
     except DivergedError as error:
@@ -201,7 +205,8 @@ def train(
         ) from None
     log.close()
     if distributed.is_main():
-        make_contact_sheet(state.evaluated_model, val_set, device).save(out / "contact_sheet.png")
+        shown = val_set if val_set is not None else train_set
+        make_contact_sheet(state.evaluated_model, shown, device).save(out / "contact_sheet.png")
     return tables
 
 
@@ -341,15 +346,18 @@ def main() -> None:
             f" accumulate={cfg.accumulate}"
         )
     out = make_run_folder(cfg)
-    train_set, val_set = make_train_set(cfg), make_val_set(cfg)  # nothing is written if they fail
-    if train_set.categories != val_set.categories:
+    train_set, val_set = make_train_set(cfg), None  # nothing is written if they fail
+    if cfg.val_json:
+        val_set = make_val_set(cfg)
+    if val_set is not None and train_set.categories != val_set.categories:
         raise DataError(f"{val_set.name}: its categories are not those of {train_set.name}")
 
     distributed.barrier()  # all ranks have chosen a folder before rank 0 creates it
     if distributed.is_main():
         notes = warnings(cfg) + train_set.notes
         try:
-            require_masks(val_set.coco, val_set.name)
+            if val_set is not None:
+                require_masks(val_set.coco, val_set.name)
         except NoMasksError as error:
             notes.append(str(error))
         for note in notes:

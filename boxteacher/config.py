@@ -37,7 +37,7 @@ class Config:
     dataset: Literal["coco", "shapes"] = "coco"  # files in COCO's JSON format, or generated images
     train_json: str = "data/coco/annotations/instances_train2017.json"  # boxes; condinst: masks
     train_images: str = "data/coco/train2017"  # the folder of its images
-    val_json: str = "data/coco/annotations/instances_val2017.json"  # masks to evaluate with
+    val_json: str = "data/coco/annotations/instances_val2017.json"  # masks; "": no evaluation
     val_images: str = "data/coco/val2017"  # the folder of its images
     shapes_train: int = 4000  # number of generated training images (dataset=shapes)
     shapes_val: int = 300  # number of generated validation images
@@ -51,7 +51,7 @@ class Config:
     crop: int = 0  # if > 0: train on random square crops of so many pixels
     flip: bool = True  # mirror half of the training images
     contrast: Literal["none", "stretch"] = "none"  # stretch: for dark images (microscopes, X-ray)
-    bottom_rows: int = 10  # of the original image, ignored by color similarity (COCO: 10, else 0)
+    bottom_rows: int = 10  # that color similarity and affinity ignore (COCO: 10, others: 0)
     workers: int = 4  # data loading processes per rank
 
     # --- model --------------------------------------------------------------
@@ -228,6 +228,8 @@ def problems(config: Config) -> Iterator[str]:
 def warnings(config: Config) -> list[str]:
     """One line for each value that works but is probably a mistake, or that changes another one."""
     c, lines = config, []
+    if not c.val_json:
+        lines.append("val_json is empty: without a validation set there will be no tables of AP")
     if c.optimizer == "sgd" and c.batch_size != LR_IMAGES:
         lines.append(
             f"lr={c.lr} is for {LR_IMAGES} images: with batch_size={c.batch_size} the learning rate"

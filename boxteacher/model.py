@@ -357,7 +357,8 @@ def pseudo_losses(
     affinity_threshold: float,
 ) -> LossSums:
     """BoxTeacher (arXiv 2210.05174, section 3.3): the noise-aware pixel loss and the noise-reduced
-    affinity loss against pseudo masks, each weighted by its mask's score."""
+    affinity loss against pseudo masks, each weighted by its mask's score. Both are means over the
+    pixels (or pairs) of an instance, and the count makes them means over instances."""
     trust = sampled.of_boxes(pseudo.weights)  # [N, K]
     masks = sampled.of_boxes(pseudo.masks).to(sampled.probs.dtype)
     dice = losses.dice_loss(sampled.probs, masks)

@@ -99,19 +99,26 @@ def _json_value(value: Any) -> Any:
 
 def final_summary(cfg: Config, out: Path, tables: dict[str, Any], minutes: float) -> str:
     """What a finished run prints last: its result, what the numbers mean, where the files are."""
-    kind, table = ("mask", tables["segm"]) if "segm" in tables else ("box", tables["bbox"])
-    ap, ap50 = (f"{table[k]:.1f}" if table[k] is not None else "-" for k in ("AP", "AP50"))
     source = "boxes and masks" if cfg.mode == "condinst" else "boxes alone"
     who = "teacher" if cfg.mode == "boxteacher" else "model"
-    return f"""
-{cfg.mode} learned from {source} in {minutes:.1f} min: {kind} AP {ap}, AP50 {ap50} on images that
-it has not seen. AP, 0 to 100, is the mean precision over recalls, classes and {kind} IoU thresholds
-from 0.50 to 0.95. AP50 is the precision at the IoU threshold 0.50.
-  {out / "contact_sheet.png"}: boxes, pseudo masks, predictions, truth
-  {out / "last.pt"}: weights; tables again: python evaluate.py --checkpoint {out / "last.pt"}
-  {out / "results.json"}: the {who}'s predictions in COCO's format
-  {out / "metrics.jsonl"}: losses and metrics over time
-  {out / "config.json"}: the whole configuration"""
+    lines = ["", f"{cfg.mode} learned from {source} in {minutes:.1f} min."]
+    if tables:
+        kind, table = ("mask", tables["segm"]) if "segm" in tables else ("box", tables["bbox"])
+        ap, ap50 = (f"{table[k]:.1f}" if table[k] is not None else "-" for k in ("AP", "AP50"))
+        lines += [
+            f"Images that it has not seen: {kind} AP {ap}, AP50 {ap50}. AP, 0 to 100, is the mean",
+            f"precision over recalls, classes and {kind} IoU thresholds from 0.50 to 0.95.",
+            "AP50 is the precision at the IoU threshold 0.50.",
+        ]
+    lines += [
+        f"  {out / 'contact_sheet.png'}: boxes, pseudo masks, predictions, truth",
+        f"  {out / 'last.pt'}: weights; tables: python evaluate.py --checkpoint {out / 'last.pt'}",
+        f"  {out / 'metrics.jsonl'}: losses and metrics over time",
+        f"  {out / 'config.json'}: the whole configuration",
+    ]
+    if tables:
+        lines.append(f"  {out / 'results.json'}: the {who}'s predictions in COCO's format")
+    return "\n".join(lines)
 
 
 @torch.no_grad()

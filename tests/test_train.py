@@ -366,6 +366,16 @@ def test_boxes_alone_are_trained_on_and_evaluated_as_boxes(files, tmp_path):
         sheet.load()
 
 
+def test_a_run_without_a_validation_set_says_so_and_evaluates_nothing(files, tmp_path):
+    words = [*options_for(64), *files[1], "--val-json=", "--steps", 2, "--log-every", 1]
+    ended = train(*words, "--batch-size", 6, "--eval-every", 1, "--out", tmp_path / "out")
+    assert ended.code == 0, ended.err
+    assert "warning: val_json is empty: without a validation set" in ended.err
+    assert "AP" not in ended.out
+    assert [m["step"] for m in metrics(tmp_path / "out")] == [1, 2]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES - {"results.json"}
+
+
 def test_condinst_says_that_it_needs_masks(files, tmp_path):
     words = [*options_for(64), *files[1], "--mode", "condinst", "--out", tmp_path / "out"]
     assert_error(train(*words), files[0] / "train.json", "'segmentation'", "boxteacher")
