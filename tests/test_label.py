@@ -40,7 +40,7 @@ def make_model(cfg, num_classes=6):
         model.head.class_logits.bias.fill_(0.5)
         model.head.distances.bias.fill_(1.5)
         model.head.controller.weight.normal_(std=0.03)
-        model.head.controller.bias.normal_(std=0.4)[-1] = 0.5
+        model.head.controller.bias.normal_(std=0.4)[-1] = 4.0
     return model.eval()
 
 

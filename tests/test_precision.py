@@ -77,7 +77,7 @@ def test_a_float32_step_has_the_digits_of_float32(device):
         torch.cat([(p.double() - before[n]).flatten() for n, p in s.student.named_parameters()])
         for s in (single, double)
     ]
-    assert relative_error(*moved) < 1e-3 * tf32
+    assert relative_error(*moved) < 2.5e-3 * tf32
 
 
 @pytest.mark.parametrize("device", DEVICES)
