@@ -35,6 +35,7 @@ def main() -> None:
     file = parser.add_mutually_exclusive_group()
     file.add_argument("--checkpoint", type=Path, metavar="FILE", help="written by train.py")
     file.add_argument("--published", type=Path, metavar="FILE", help="of the published code")
+    parser.add_argument("--preset", help="the recipe of a published checkpoint")
     parser.add_argument("--student", action="store_true", help="evaluate the student")
     options, given = parser.read(sys.argv[1:])
     path, notes = options.checkpoint or options.published, []
@@ -52,6 +53,8 @@ def main() -> None:
     cfg = dataclasses.replace(from_dict(state["config"], str(path)), **given)
     if cfg.dataset == "shapes" and given.keys() & {"val_json", "val_images"}:
         raise ConfigError(f"{path} is about generated images; to read files, add --dataset coco")
+    if not cfg.val_json:
+        raise ConfigError(f"{path} was trained without a validation set: give --val-json FILE")
     validate(dataclasses.replace(cfg, resume=False, init=str(path)))  # the weights are there
 
     device = distributed.init_distributed(cfg.device)

@@ -28,7 +28,7 @@ from boxteacher.data import Batch, CocoDataset, make_train_loader, make_train_se
 from boxteacher.ema import ema_momentum, update_teacher
 from boxteacher.guard import DivergedError, FiniteGuard
 from boxteacher.model import CondInst, build_model, make_teacher
-from boxteacher.published import label_boxes_as_published, load_initial_weights
+from boxteacher.published import load_initial_weights, masks_for_boxes_as_published
 from boxteacher.reporting import RunLog, final_summary, make_contact_sheet
 from boxteacher.transforms import augment
 
@@ -42,7 +42,7 @@ def learning_rate(cfg: Config, step: int) -> float:
 
 
 def lr_factor(cfg: Config, step: int) -> float:
-    """Linear warm-up from 0.001 to 1, then x0.1 at every drop, or half a cosine down to 0."""
+    """Linear warm-up from 0.001 to 1, times 0.1 at every drop, or times half a cosine down to 0."""
     progress = min(step / cfg.warmup_steps, 1.0) if cfg.warmup_steps else 1.0
     warmup = 0.001 * (1 - progress) + progress
     if cfg.lr_schedule == "cosine":
@@ -86,7 +86,7 @@ def make_state(cfg: Config, num_classes: int, device: torch.device) -> State:
     student.to(device).train()
     teacher = make_teacher(student) if cfg.mode == "boxteacher" else None
     if teacher is not None and cfg.published_score:
-        teacher.label_boxes = lambda *args: label_boxes_as_published(teacher, *args)
+        teacher.masks_for_boxes = lambda *args: masks_for_boxes_as_published(teacher, *args)
     parameters = [p for p in student.parameters() if p.requires_grad]
     options = dict(lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     if cfg.optimizer == "adamw":
@@ -101,8 +101,8 @@ def make_state(cfg: Config, num_classes: int, device: torch.device) -> State:
 def seed_draws(cfg: Config, step: int, part: int) -> torch.Generator:
     """Seed the random numbers of one part of a step, so that a resumed run draws the same ones.
 
-    The global generator is of this rank alone. The generator returned is the same on every rank,
-    for colors: each image takes its own share of the numbers (see transforms.augment).
+    The global generator is of this rank and part alone. The generator returned is for colors. All
+    ranks and parts share its numbers: each skips those of the step's images before its own.
     """
     number = step * cfg.accumulate + part
     seed = cfg.seed * 1_000_003 + number
@@ -127,7 +127,7 @@ def train_step(state: State, parts: list[Batch]) -> tuple[dict[str, Tensor], dic
     if teacher is not None:
         update_teacher(teacher, state.student, ema_momentum(step, cfg.ema_momentum))
 
-    losses, metrics, image_ids = [], [], []
+    parts_losses, parts_metrics, image_ids = [], [], []
     for part, batch in enumerate(parts):
         batch = batch.to(state.device)
         colors, num_images = seed_draws(cfg, step, part), len(batch.sizes)
@@ -136,19 +136,19 @@ def train_step(state: State, parts: list[Batch]) -> tuple[dict[str, Tensor], dic
         # 1. The teacher sees the plain images and turns their boxes into pseudo masks.
         with state.autocast:
             pseudo = teacher.make_pseudo_masks(batch) if teacher is not None else None
-        # 2. The student sees the same images in other colors.
+        # 2. The student sees the same images in other colors (if cfg.student_augmentation says so).
         skip = (distributed.rank() * len(parts) + part) * num_images
         images = augment(batch.images, batch.sizes, cfg.student_augmentation, colors, skip)
         # 3. It learns from the boxes and from the pseudo masks.
         with state.autocast:
-            part_losses, part_metrics = state.model(images, batch, weak_factor(cfg, step), pseudo)
-        (sum(part_losses.values()) / len(parts)).backward()
+            losses, metrics = state.model(images, batch, weak_factor(cfg, step), pseudo)
+        (sum(losses.values()) / len(parts)).backward()
 
-        losses.append(part_losses)
-        metrics.append(part_metrics)
+        parts_losses.append(losses)
+        parts_metrics.append(metrics)
         image_ids += batch.image_ids
 
-    losses, metrics = mean_of(losses), mean_of(metrics)
+    losses, metrics = mean_of(parts_losses), mean_of(parts_metrics)
     state.guard.watch(step, losses, image_ids)
     if cfg.clip_grad:
         nn.utils.clip_grad_norm_(state.student.parameters(), cfg.clip_grad)
@@ -195,7 +195,7 @@ def train(
                 state.guard.raise_if_bad()
                 tables = evaluate(state, out, val_set, log)
     except DivergedError as error:
-        state.step = error.step  # it changed no weight
+        state.step = error.step  # the optimizer skipped that step
         save(out / "diverged.pt", state, train_set)
         distributed.barrier()  # torchrun ends all processes when the first fails
         raise DivergedError(
@@ -238,7 +238,7 @@ def speed_up(state: State) -> None:
             network.backbone.register_forward_hook(contiguous)
         if cfg.compile == "on":
             varies = not cfg.crop and (cfg.dataset == "coco" or len(set(cfg.train_sizes)) > 1)
-            compile_parts(network, dynamic=varies or None)
+            compile_parts(network, dynamic=varies or None)  # None: torch decides
     if distributed.world_size() > 1:
         ids = [device.index] if device.type == "cuda" else None
         state.model = DistributedDataParallel(state.student, device_ids=ids)
@@ -316,8 +316,8 @@ def evaluate(state: State, out: Path, val_set: CocoDataset, log: RunLog) -> dict
 
 
 def make_run_folder(cfg: Config) -> Path:
-    """The folder to write to. A finished or interrupted run in it is never overwritten: without
-    --out the next free name is taken; with --out, the user is asked to say --resume.
+    """The folder to write to. It never overwrites a run. Without --out the next free name is taken.
+    With --out the user has to say --resume.
     """
     out = Path(cfg.out or f"runs/{cfg.preset}")
     if cfg.resume:
@@ -369,6 +369,7 @@ def main() -> None:
         except OSError as error:
             raise ConfigError(f"out: cannot write to {out} ({error.strerror})") from None
 
+        print(f"{cfg.mode}: {len(train_set)} images, {cfg.steps} steps, to {out}", flush=True)
     tables = train(cfg, out, device, train_set, val_set)
     if distributed.is_main():
         print(final_summary(cfg, out, tables, (time.perf_counter() - started) / 60))

@@ -178,6 +178,8 @@ class Swin(nn.Module):
     def __init__(self, name: str, freeze_at: int) -> None:
         super().__init__()
         channels, depths, heads = SWINS[name]
+        block = swin_transformer.SwinTransformerBlock
+        block = functools.partial(block, attn_layer=WindowAttention)
         net = swin_transformer.SwinTransformer(
             patch_size=[4, 4],
             embed_dim=channels,
@@ -185,9 +187,7 @@ class Swin(nn.Module):
             num_heads=heads,
             window_size=[7, 7],
             stochastic_depth_prob=DROP_PATH,
-            block=functools.partial(
-                swin_transformer.SwinTransformerBlock, attn_layer=WindowAttention
-            ),
+            block=block,
         )
         self.features = net.features  # embedding, stage 1, merging, stage 2, merging, ... stage 4
         self.out_channels = [2 * channels, 4 * channels, 8 * channels]

@@ -78,11 +78,12 @@ def require_masks(coco: dict[str, Any], name: str = "the ground truth") -> None:
     annotations = coco["annotations"]
     missing = [a.get("id", i) for i, a in enumerate(annotations) if not _has_mask(a)]
     if missing:
-        some = f"lacks them for {len(missing)} of {len(annotations)} annotations (id {missing[0]})"
+        lack = f"lacks them for {len(missing)} of {len(annotations)} annotations (id {missing[0]})"
+        if len(missing) == len(annotations):
+            lack = "has none"
         raise NoMasksError(
-            f"evaluation needs true masks; {name} "
-            f"{'has none' if len(missing) == len(annotations) else some}: use a JSON whose "
-            'annotations have "segmentation", or evaluate boxes alone (iou type "bbox")'
+            f"evaluation needs true masks; {name} {lack}: use a JSON whose annotations have"
+            ' "segmentation", or evaluate boxes alone (iou type "bbox")'
         )
 
 

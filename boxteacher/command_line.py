@@ -36,15 +36,20 @@ def split_preset(argv: Sequence[str], default: str) -> tuple[str, Sequence[str]]
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with an option for each field of Config, and with one-line ConfigErrors.
+    """argparse with an option for each field of Config (if `fields`), and with ConfigErrors of one
+    line.
 
     --help shows the fields with their values in `config`. Without one, it shows only the options
     that a program adds.
     """
 
-    def __init__(self, usage: str, description: str | None, config: Config | None = None) -> None:
+    def __init__(
+        self, usage: str, description: str | None, config: Config | None = None, fields: bool = True
+    ) -> None:
         style = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=32)
         super().__init__(None, usage, description, formatter_class=style, allow_abbrev=False)
+        if not fields:
+            return
         # "version" is argparse's action that prints a text and exits
         self.add_argument("--list", action="version", version=list_presets(), help="all presets")
         group = self
@@ -53,6 +58,8 @@ class Parser(argparse.ArgumentParser):
                 group = self.add_argument_group(heading[1])
             elif found := re.fullmatch(r"    (\w+): .+? = .+?(?:  # (.+))?", line):
                 field, comment = found.groups(default="")
+                if field == "preset":  # the first word
+                    continue
                 settings = option_settings(field, comment, config)
                 group.add_argument("--" + field.replace("_", "-"), **settings)
 
@@ -68,6 +75,7 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             word = unknown[0].partition("=")[0]
             hint = "; write --field value, a list as --field 1,2, a switch as --field or --no-field"
+            hint += " (the preset comes first)"
             hint = nearest(word, self._option_string_actions) if word.startswith("-") else hint
             raise ConfigError(f"no option {word}{hint}")
         given = {k: v for k, v in vars(options).items() if k in FIELDS and v is not None}

@@ -51,7 +51,7 @@ class Config:
     crop: int = 0  # if > 0: train on random square crops of so many pixels
     flip: bool = True  # mirror half of the training images
     contrast: Literal["none", "stretch"] = "none"  # stretch: for dark images (microscopes, X-ray)
-    bottom_rows: int = 10  # that color similarity and affinity ignore (COCO: 10, others: 0)
+    bottom_rows: int = 10  # ignored by pairwise losses (unreliable in COCO: 10; else 0)
     workers: int = 4  # data loading processes per rank
 
     # --- model --------------------------------------------------------------
@@ -238,7 +238,7 @@ def warnings(config: Config) -> list[str]:
     if c.mode != "condinst" and 2 * c.weak_warmup_steps > c.steps:
         lines.append(
             f"weak_warmup_steps={c.weak_warmup_steps} is over half of steps={c.steps}:"
-            " while the pairwise loss warms up, masks stay boxes"
+            " before the pairwise loss acts, masks are filled boxes"
         )
     if 2 * c.warmup_steps > c.steps:
         lines.append(f"warmup_steps={c.warmup_steps} is over half of steps={c.steps}")

@@ -1,6 +1,6 @@
 """COCO-format data as batches.
 
-    checked dict -> CocoDataset (load, crop, resize, flip) -> collate -> Batch
+    checked dict -> CocoDataset (load, resize, crop, flip) -> collate -> Batch
 
 N images · G boxes of an image · h, w pixels of an image · H, W pixels of the padded images
 H4, W4 the grid of stride 4 over the padded images
@@ -54,7 +54,7 @@ class Batch(NamedTuple):
     centers: Tensor  # float32 [N, G, 2] (x, y) for center sampling: box center or mask centroid
     masks: Tensor | None  # bool [N, G, H4, W4]: true masks at [2::4, 2::4]
     has_mask: Tensor | None  # bool [N, G]: which boxes have a true mask
-    cut_rows: list[int]  # bottom rows of each image that count as outside for color similarity
+    cut_rows: list[int]  # bottom rows of each image that color similarity and affinity ignore
     image_ids: list[int]
 
     def to(self, device: torch.device | str) -> Batch:

@@ -18,7 +18,7 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> N
     """teacher = momentum * teacher + (1 - momentum) * student, over parameters, before the
     student's step.
 
-    Buffers are not averaged: the teacher runs in train mode and keeps batch norm statistics of its
-    own.
+    Buffers are not averaged. The teacher runs in train mode, so its batch norms have running
+    statistics of its own weights.
     """
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)

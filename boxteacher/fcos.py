@@ -1,6 +1,7 @@
-"""FCOS (arXiv 1904.01355), with CondInst's controller (2003.05664) on its box tower.
+"""The FCOS detector (arXiv 1904.01355), with CondInst's controller (2003.05664) on its box tower.
 
 N images · G boxes · K mask locations · C classes · P locations over all levels · D detections
+h, w cells of one level
 
 Every location of strides 8, 16, 32, 64, 128 predicts C class logits, a box and a centerness. Its
 box is four distances (left, top, right, bottom) in units of the stride. Other boxes are xyxy, in
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
 STRIDES = (8, 16, 32, 64, 128)
-SIZE_RANGES = ((-1, 1), (1, 2), (2, 4), (4, 8), (8, math.inf))  # of the levels, in size units
+SIZE_RANGES = ((-1, 1), (1, 2), (2, 4), (4, 8), (8, math.inf))  # in size units, by level
 
 
 class Locations(NamedTuple):
@@ -29,7 +30,7 @@ class Locations(NamedTuple):
 
     xy: Tensor  # [P, 2] pixels
     strides: Tensor  # [P] pixels
-    size_ranges: Tensor  # [P, 2] pixels: least and greatest longest distance
+    size_ranges: Tensor  # [P, 2] pixels: range of max(l, t, r, b)
     sizes_of_interest: Tensor  # [P] pixels: the scale of relative coordinates in the mask head
     level_sizes: list[int]  # number of locations of each level
 
@@ -118,15 +119,15 @@ class FCOSHead(nn.Module):
 
 
 def flatten_levels(maps: Sequence[Tensor]) -> Tensor:
-    """Maps [N, C, h, w] of all levels as one [N, P, C]."""
+    """Maps [N, channels, h, w] of all levels as one [N, P, channels]."""
     return torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1)
 
 
 def gather_patches(maps: Sequence[Tensor], index: Tensor) -> Tensor:
     """The 3x3 patches around chosen locations, as a convolution with padding 1 would see them.
 
-    maps per level [N, C, h, w]; index [N, K] into P. Returns [N, K, 9 C], pixel by pixel, row by
-    row.
+    maps per level [N, channels, h, w]; index [N, K] into P. Returns [N, K, 9 channels], pixel by
+    pixel, row by row.
     """
     # In a padded map of width w + 2, the patch of cell (i, j) begins at i (w + 2) + j.
     corners, widths, start = [], [], 0
@@ -162,19 +163,17 @@ def make_locations(features: Sequence[Tensor], size_unit: float = 64) -> Locatio
         height, width = feature.shape[-2:]
         y = torch.arange(height, device=device, dtype=torch.float32) * stride + stride // 2
         x = torch.arange(width, device=device, dtype=torch.float32) * stride + stride // 2
-        xy.append(
-            torch.stack((x.expand(height, -1), y[:, None].expand(-1, width)), -1).flatten(0, 1)
-        )
-        sizes.append(height * width)
-        strides.append(torch.full((sizes[-1],), float(stride), device=device))
-        low_high = [
-            torch.full((sizes[-1],), max(v * size_unit, -1.0), device=device) for v in (low, high)
-        ]
-        ranges.append(torch.stack(low_high, dim=-1))
-    all_strides = torch.cat(strides)
-    return Locations(
-        torch.cat(xy), all_strides, torch.cat(ranges), all_strides * (size_unit / STRIDES[0]), sizes
-    )
+        cells = torch.stack((x.expand(height, -1), y[:, None].expand(-1, width)), dim=-1)
+        count = height * width
+        xy.append(cells.flatten(0, 1))
+        strides.append(torch.full((count,), float(stride), device=device))
+        least = torch.full((count,), max(low * size_unit, -1.0), device=device)
+        greatest = torch.full((count,), high * size_unit, device=device)
+        ranges.append(torch.stack((least, greatest), dim=-1))
+        sizes.append(count)
+    stride = torch.cat(strides)
+    sizes_of_interest = stride * (size_unit / STRIDES[0])
+    return Locations(torch.cat(xy), stride, torch.cat(ranges), sizes_of_interest, sizes)
 
 
 # --- training: targets and mask locations ---------------------------------------------------------
@@ -185,14 +184,14 @@ def assign_targets(
 ) -> Targets:
     """Which box each location has to predict (FCOS, sections 3.1 and 3.2, with center sampling).
 
-    A location is a candidate for a box if it lies strictly inside center ± 1.5 strides, cut to the
-    box, and if max(l, t, r, b) is in its level's range, both ends included. Of several boxes the
-    smallest wins, and of equal ones the first.
+    A location is a candidate for a box under two conditions. It lies strictly inside the box and
+    center ± 1.5 strides. And max(l, t, r, b) is in its level's range, both ends included. Of
+    several boxes the smallest wins, and of equal ones the first.
 
     boxes [N, G, 4]; labels, valid [N, G]; centers [N, G, 2].
 
-    Differs from the published code with box supervision: the center is the box's, not that of its
-    raster.
+    Differs from the published code with box supervision, which takes the centroid of the rasterized
+    box. Here the center is the box's.
     """
     x, y = locations.xy[:, :1], locations.xy[:, 1:]  # [P, 1]
     x1, y1, x2, y2 = boxes[:, None].unbind(-1)  # [N, 1, G]

@@ -3,7 +3,7 @@
     focal_loss, giou_loss                       one value an element: location and class, location
     dice_loss, projection_loss, affinity_loss   one value an instance
     color_pairwise_sums                         a sum and its weight for each instance
-    centerness_targets, box_masks, inside_masks, color_similarity      no losses, what these need
+    centerness_targets, box_masks, inside_masks, color_similarity      helpers
 
 N images · K sampled instances · C classes · H4, W4 the stride-4 grid · 8 neighbors at dilation 2
 
@@ -149,20 +149,20 @@ def _pairwise_sums(
 
 
 def color_pairwise_sums(
-    mask_logits: Tensor, color_edges: Tensor, inside_box: Tensor
+    mask_logits: Tensor, similar_pairs: Tensor, inside_box: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Pixels of similar color have the same label (BoxInst, section 3.2): w_ij = edge_ij * b_i.
+    """Pixels of similar color have the same label (BoxInst, section 3.2): w_ij = similar_ij * b_i.
 
-    mask_logits [N, K, H4, W4]; color_edges bool [N, 8, H4, W4], similarity >= tau; inside_box bool
-    [N, K, H4, W4]. Returns Σ w * term and Σ w, each [N, K]. The loss is the first, summed over all
-    instances, divided by the second, summed likewise and at least 1.
+    mask_logits [N, K, H4, W4]; similar_pairs bool [N, 8, H4, W4] (similarity >= tau); inside_box
+    bool [N, K, H4, W4]. Returns Σ w * term and Σ w, each [N, K]. The loss is the first, summed over
+    all instances, divided by the second, summed likewise and at least 1.
     """
 
     def pair_weights(direction: int) -> Tensor:
         box_i, box_j = _pairs(inside_box, direction)
-        edge_ij, _ = _pairs(color_edges[:, None, direction], direction)
-        _, edge_ji = _pairs(color_edges[:, None, 7 - direction], direction)
-        return (edge_ij & box_i).to(mask_logits.dtype) + (edge_ji & box_j)
+        similar_ij, _ = _pairs(similar_pairs[:, None, direction], direction)
+        _, similar_ji = _pairs(similar_pairs[:, None, 7 - direction], direction)
+        return (similar_ij & box_i).to(mask_logits.dtype) + (similar_ji & box_j)
 
     return _pairwise_sums(mask_logits, pair_weights)
 
@@ -240,7 +240,7 @@ def color_similarity(images: Tensor, inside_image: Tensor) -> Tensor:
     images [N, 3, 4 H4, 4 W4] RGB 0..255, before any color augmentation; inside_image bool [N, H4,
     W4]. Returns [N, 8, H4, W4], computed once an image for all its boxes.
     """
-    lab = rgb_to_lab(F.avg_pool2d(images.float(), 4).floor())
+    lab = rgb_to_lab(F.avg_pool2d(images.float(), 4).floor())  # of whole numbers, as in BoxInst
     inside = inside_image[:, None].to(lab.dtype)
     similarity = []
     for dy, dx in NEIGHBORS:
@@ -250,7 +250,7 @@ def color_similarity(images: Tensor, inside_image: Tensor) -> Tensor:
 
 
 def shifted(x: Tensor, dy: int, dx: int) -> Tensor:
-    """x [N, C, H4, W4] at every pixel's neighbor (dy, dx), 0 outside the map."""
+    """x [N, channels, H4, W4] at every pixel's neighbor (dy, dx), 0 outside the map."""
     height, width = x.shape[-2:]
     padded = F.pad(x, [2, 2, 2, 2])
     return padded[..., 2 + dy : 2 + dy + height, 2 + dx : 2 + dx + width]

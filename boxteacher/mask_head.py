@@ -1,6 +1,6 @@
 """CondInst's masks (arXiv 2003.05664): shared features, and a tiny network for each instance.
 
-N images · K instances · H8, W8 the stride-8 grid of P3
+N images · K instances · C mask features · H8, W8 the stride-8 grid of P3
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def aligned_upsample(x: Tensor, factor: int) -> Tensor:
     pixel factor//2 + i*factor of the result, as location (i, j) of a stride-s level is at
     s//2 + s*i.
 
-    x [N, C, h, w]. Returns [N, C, factor*h, factor*w].
+    x [N, channels, h, w]. Returns [N, channels, factor*h, factor*w].
     """
     height, width = x.shape[-2:]
     if x.shape[1] == 0:  # torch refuses to pad or to resize nothing

@@ -1,7 +1,8 @@
 """CondInst with the losses of CondInst, BoxInst and BoxTeacher, and the teacher's step.
 
 N images · G boxes · K sampled instances · C classes · P locations · D detections
-h, w pixels of an image · H4, W4 and H8, W8 the grids of stride 4 and 8 over the padded images
+h, w pixels of an image without padding · H, W of the padded images · H4, W4 and H8, W8 their grids
+of stride 4 and 8
 
 Masks are predicted at stride 8 and learned at stride 4: `mask_logits_s4` is [N, K, H4, W4].
 A loss is a pair (sum, count) of scalars until `CondInst.forward` divides them: `LossSums`.
@@ -98,7 +99,7 @@ class CondInst(nn.Module):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
 
     def normalize(self, images: Tensor, sizes: Sequence[Size]) -> Tensor:
-        """uint8 RGB [N, 3, h, w] to what the backbone's weights expect. The padding becomes 0."""
+        """uint8 RGB [N, 3, H, W] to what the backbone's weights expect. The padding becomes 0."""
         images = images.flip(1) if self.cfg.pixel_format == "bgr" else images
         normalized = (images - self.pixel_mean) / self.pixel_std
         for image, (height, width) in zip(normalized, sizes, strict=True):
@@ -129,7 +130,7 @@ class CondInst(nn.Module):
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The weighted losses of one batch, and metrics: fractions [2] (numerator, denominator).
 
-        images uint8 [N, 3, h, w]: what the student sees (`batch.images` is the plain copy, from
+        images uint8 [N, 3, H, W]: what the student sees (`batch.images` is the plain copy, from
         which colors are compared). weak_factor in [0, 1]: the warm-up of the losses that use no
         true labels (pairwise, pseudo_mask, pseudo_affinity). Sums are divided by the mean count
         over ranks, so a global batch has the same losses on any number of processes.
@@ -160,8 +161,10 @@ class CondInst(nn.Module):
     def loss_sums(
         self, encoded: Encoded, batch: Batch, inside_image: Tensor, pseudo: PseudoMasks | None
     ) -> tuple[LossSums, dict[str, Tensor]]:
-        """Every loss of the mode as (sum, count), and metrics. inside_image bool [N, H4, W4]: where
-        colors are reliable. It uses no Python-side sizes, so torch.compile handles changing shapes.
+        """Every loss of the mode as (sum, count), and metrics. It uses no Python-side sizes, so
+        torch.compile handles changing shapes.
+
+        inside_image bool [N, H4, W4]: the images without their padding and unreliable bottom rows.
         """
         cfg = self.cfg
         targets = fcos.assign_targets(
@@ -175,14 +178,14 @@ class CondInst(nn.Module):
         rows, columns = inside_image.shape[-2:]
         inside_box = losses.box_masks(sampled.of_boxes(batch.boxes), rows, columns)
         inside_box = inside_box & sampled.is_real[..., None, None]
-        color_edges = losses.color_similarity(batch.images, inside_image) >= cfg.color_threshold
-        sums |= boxinst_losses(sampled, inside_box, color_edges)
+        similar_pairs = losses.color_similarity(batch.images, inside_image) >= cfg.color_threshold
+        sums |= boxinst_losses(sampled, inside_box, similar_pairs)
         if pseudo is not None:
             sums |= pseudo_losses(sampled, inside_box, inside_image, pseudo, cfg.affinity_threshold)
 
         _, alike_pairs = sums["pairwise"]
         pairs = 8 * inside_box.sum().to(alike_pairs.dtype)
-        return sums, {"color_edge_share": torch.stack((alike_pairs, pairs)).detach()}
+        return sums, {"similar_pair_share": torch.stack((alike_pairs, pairs)).detach()}
 
     def sample_instances(self, encoded: Encoded, batch: Batch, targets: fcos.Targets) -> Sampled:
         """Choose positive locations, at random (CondInst) or the best of each box, and predict
@@ -206,8 +209,9 @@ class CondInst(nn.Module):
         """The teacher's step (BoxTeacher, section 3.2): detect on the plain images, score the
         masks, assign them to the boxes.
 
-        Called in train mode: the mask branch uses the batch's statistics. The images are enlarged
-        to `cfg.teacher_size`, unless that is 0 or `resize` is False.
+        The images are enlarged to `cfg.teacher_size`, unless that is 0 or `resize` is False. A run
+        calls this in train mode: batch norms (in the mask branch, and in the backbone with
+        norm=bn) use the batch's statistics.
         """
         rows, columns = (side // 4 for side in batch.images.shape[-2:])
         masks = batch.valid.new_zeros(*batch.valid.shape, rows, columns)
@@ -219,20 +223,20 @@ class CondInst(nn.Module):
             images, seen_sizes = resize_images(images, batch.sizes, *limits)
         encoded = self.encode(images)
         for n, found in enumerate(self.detect(encoded)):
-            labeled = self.label_boxes(encoded, n, found, seen_sizes[n], batch)
-            if labeled is not None:
-                sampled, weights[n] = labeled
-                masks[n, :, : sampled.shape[1], : sampled.shape[2]] = sampled
+            assigned = self.masks_for_boxes(encoded, n, found, seen_sizes[n], batch)
+            if assigned is not None:
+                of_image, weights[n] = assigned
+                masks[n, :, : of_image.shape[1], : of_image.shape[2]] = of_image
         return PseudoMasks(masks & losses.box_masks(batch.boxes, rows, columns), weights)
 
-    def label_boxes(
+    def masks_for_boxes(
         self, encoded: Encoded, n: int, found: fcos.Detections, seen_size: Size, batch: Batch
     ) -> tuple[Tensor, Tensor] | None:
         """Masks bool [G, h/4, w/4] and weights [G] for the boxes of image n, or None if no
         detection fits any of them. seen_size: the image's size as the teacher saw it.
         """
         cfg, size = self.cfg, batch.sizes[n]
-        boxes, _ = fit_boxes(found.boxes, seen_size, size)
+        boxes, _ = scale_boxes(found.boxes, seen_size, size)
         ious = box_iou(boxes, batch.boxes[n]).masked_fill(~batch.valid[n], -1)  # [D, G]
         # Only detections that overlap a box enough can be assigned. Only they need masks.
         is_useful = (ious >= cfg.iou_threshold).any(1)
@@ -252,7 +256,7 @@ class CondInst(nn.Module):
     def predict(
         self, images: Tensor, sizes: Sequence[Size], output_sizes: Sequence[Size]
     ) -> list[Instances]:
-        """Detect in uint8 [N, 3, h, w] images, padded, whose own sizes are `sizes`. The results are
+        """Detect in uint8 images [N, 3, H, W], whose own sizes are `sizes`. The results are
         in pixels of `output_sizes`. Empty boxes are dropped.
 
         In mode boxteacher the score is sqrt(c * mean probability of the mask's foreground), 0 for
@@ -262,7 +266,7 @@ class CondInst(nn.Module):
         encoded = self.encode(self.normalize(images, sizes))
         results = []
         for n, found in enumerate(self.detect(encoded)):
-            boxes, is_box = fit_boxes(found.boxes, sizes[n], output_sizes[n])
+            boxes, is_box = scale_boxes(found.boxes, sizes[n], output_sizes[n])
             boxes, scores, index = boxes[is_box], found.scores[is_box], found.location_index[is_box]
             masks = [torch.zeros(0, *output_sizes[n], dtype=torch.bool, device=boxes.device)]
             means = [scores[:0]]
@@ -320,9 +324,8 @@ def detection_losses(predictions: fcos.Predictions, targets: fcos.Targets) -> Lo
 
     centerness = losses.centerness_targets(targets.distances)
     giou = losses.giou_loss(predictions.distances, targets.distances)
-    bce = F.binary_cross_entropy_with_logits(
-        predictions.centerness_logits, centerness, reduction="none"
-    )
+    logits = predictions.centerness_logits
+    bce = F.binary_cross_entropy_with_logits(logits, centerness, reduction="none")
     num_positive = targets.is_positive.sum()
     return {
         "class": (losses.focal_loss(predictions.class_logits, targets.labels).sum(), num_positive),
@@ -338,11 +341,11 @@ def condinst_losses(sampled: Sampled, true_masks: Tensor) -> LossSums:
     return {"mask": (sampled.total(dice), sampled.is_real.sum())}
 
 
-def boxinst_losses(sampled: Sampled, inside_box: Tensor, color_edges: Tensor) -> LossSums:
+def boxinst_losses(sampled: Sampled, inside_box: Tensor, similar_pairs: Tensor) -> LossSums:
     """BoxInst (arXiv 2012.02310): a mask has its box's projections, and pixels of similar color
-    have the same label. inside_box bool [N, K, H4, W4], color_edges bool [N, 8, H4, W4]."""
+    have the same label. inside_box bool [N, K, H4, W4], similar_pairs bool [N, 8, H4, W4]."""
     projection = losses.projection_loss(sampled.probs, inside_box.to(sampled.probs.dtype))
-    pairwise, weight = losses.color_pairwise_sums(sampled.logits, color_edges, inside_box)
+    pairwise, weight = losses.color_pairwise_sums(sampled.logits, similar_pairs, inside_box)
     return {
         "projection": (sampled.total(projection), sampled.is_real.sum()),
         "pairwise": (sampled.total(pairwise), sampled.total(weight)),
@@ -357,8 +360,8 @@ def pseudo_losses(
     affinity_threshold: float,
 ) -> LossSums:
     """BoxTeacher (arXiv 2210.05174, section 3.3): the noise-aware pixel loss and the noise-reduced
-    affinity loss against pseudo masks, each weighted by its mask's score. Both are means over the
-    pixels (or pairs) of an instance, and the count makes them means over instances."""
+    affinity loss against pseudo masks, each weighted by its mask's score. The
+    affinity loss is a mean over an instance's pairs. The count makes both means over instances."""
     trust = sampled.of_boxes(pseudo.weights)  # [N, K]
     masks = sampled.of_boxes(pseudo.masks).to(sampled.probs.dtype)
     dice = losses.dice_loss(sampled.probs, masks)
@@ -397,7 +400,7 @@ def pseudo_mask_metrics(pseudo: PseudoMasks, batch: Batch) -> dict[str, Tensor]:
 # --- sizes ----------------------------------------------------------------------------------------
 
 
-def fit_boxes(boxes: Tensor, size: Size, output_size: Size) -> tuple[Tensor, Tensor]:
+def scale_boxes(boxes: Tensor, size: Size, output_size: Size) -> tuple[Tensor, Tensor]:
     """Boxes [D, 4] scaled from one size to another and clipped; which of them are not empty."""
     scale_y, scale_x = output_size[0] / size[0], output_size[1] / size[1]
     boxes = boxes * boxes.new_tensor([scale_x, scale_y, scale_x, scale_y])
@@ -408,7 +411,7 @@ def fit_boxes(boxes: Tensor, size: Size, output_size: Size) -> tuple[Tensor, Ten
 def resize_images(
     images: Tensor, sizes: Sequence[Size], short_side: int, long_side: int
 ) -> tuple[Tensor, list[Size]]:
-    """Normalized images [N, 3, h, w] resized bilinearly, without antialiasing, and padded anew with
+    """Normalized images [N, 3, H, W] resized bilinearly, without antialiasing, and padded anew with
     0 to multiples of 32. Returns them and their new sizes.
     """
     new_sizes = [resized_size(height, width, short_side, long_side) for height, width in sizes]
@@ -445,5 +448,6 @@ def build_model(cfg: Config, num_classes: int) -> CondInst:
 
 
 def make_teacher(student: CondInst) -> CondInst:
-    """A copy that is never trained, without stochastic depth (the published teacher keeps it)."""
+    """A copy of the student, train mode included, that is never trained. It has no stochastic depth
+    (the published teacher keeps it)."""
     return without_drop_path(copy.deepcopy(student).requires_grad_(False))

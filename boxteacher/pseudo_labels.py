@@ -1,6 +1,6 @@
 """From a teacher's detections to pseudo masks (BoxTeacher, arXiv 2210.05174, section 3.2).
 
-D detections · G ground-truth boxes · h, w image pixels
+D detections · G ground-truth boxes · h, w a grid of pixels, of an image or of stride 4
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ def mask_aware_scores(
 
     mask_probs m [D, h, w]; inside_box m^b bool [D, h, w], 1 inside the detection's box. scores c
     [D] are themselves roots, sqrt(class probability * centerness), so s is a root of a root.
-    Returns [D] in [0, 1], 0 for an empty mask. Trust needs the mean inside the box only: the pseudo
-    mask is cut to the box, so what lies outside does no harm.
+    Returns [D] in [0, 1], 0 for an empty mask. The formula is that of the authors' slides (CVPR
+    2023). Parts of a mask outside of the box do not count: a pseudo mask is cut to its ground-truth
+    box, so they do no harm.
     """
     is_foreground = (mask_probs > threshold) & inside_box
     mean = (mask_probs * is_foreground).sum((1, 2)) / (is_foreground.sum((1, 2)) + 1e-6)

@@ -29,7 +29,7 @@ from .config import Config
 from .data import Batch
 from .errors import run
 from .fcos import Detections
-from .model import CondInst, Encoded, Size, build_model, fit_boxes
+from .model import CondInst, Encoded, Size, build_model, scale_boxes
 from .presets import from_preset
 from .pseudo_labels import take_assigned
 
@@ -433,15 +433,10 @@ def _read_init(cfg: Config, model_state: Mapping[str, Tensor]) -> Mapping[str, T
 # --- pseudo masks as the published code makes them ------------------------------------------------
 
 
-def label_boxes_as_published(
-    teacher: CondInst,
-    encoded: Encoded,
-    n: int,
-    found: Detections,
-    seen_size: Size,
-    batch: Batch,
+def masks_for_boxes_as_published(
+    teacher: CondInst, encoded: Encoded, n: int, found: Detections, seen_size: Size, batch: Batch
 ) -> tuple[Tensor, Tensor] | None:
-    """`CondInst.label_boxes` as in the published code, to compare numbers with (published_score).
+    """`CondInst.masks_for_boxes` as in the published code (published_score), to compare numbers.
 
         mean = Σ 1(m > tau) m / Σ 1(m > tau), over the whole mask
         order = sqrt(c * mean);   weight = sqrt(sqrt(c) * mean)
@@ -449,7 +444,7 @@ def label_boxes_as_published(
     The last of equal IoUs wins. A box that the first detection took can be taken once more.
     """
     cfg, size = teacher.cfg, batch.sizes[n]
-    boxes, is_box = fit_boxes(found.boxes, seen_size, size)
+    boxes, is_box = scale_boxes(found.boxes, seen_size, size)
     if not is_box.any():
         return None
     ious = box_iou(boxes[is_box], batch.boxes[n]).masked_fill(~batch.valid[n], -1)
@@ -480,6 +475,7 @@ def main(argv: Sequence[str]) -> None:
     parser = Parser(usage, __doc__)
     parser.add_argument("source", metavar="IN", help="a published checkpoint, or one of ours")
     parser.add_argument("target", metavar="OUT", help="the file to write")
+    parser.add_argument("--preset", help="its recipe (default: what the weights say)")
     options, given = parser.read(argv)
     source, target = options.source, options.target
     content = read_file(source)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from . import distributed
 from .config import Config
 from .data import CocoDataset, collate
-from .model import CondInst, Instances, fit_boxes
+from .model import CondInst, Instances, scale_boxes
 from .pseudo_labels import assign_to_boxes
 from .visualize import (
     MAX_INSTANCES,
@@ -112,12 +112,15 @@ def final_summary(cfg: Config, out: Path, tables: dict[str, Any], minutes: float
         ]
     lines += [
         f"  {out / 'contact_sheet.png'}: boxes, pseudo masks, predictions, truth",
-        f"  {out / 'last.pt'}: weights; tables: python evaluate.py --checkpoint {out / 'last.pt'}",
+        f"  {out / 'last.pt'}: weights",
         f"  {out / 'metrics.jsonl'}: losses and metrics over time",
         f"  {out / 'config.json'}: the whole configuration",
     ]
     if tables:
-        lines.append(f"  {out / 'results.json'}: the {who}'s predictions in COCO's format")
+        lines += [
+            f"  {out / 'results.json'}: the {who}'s predictions in COCO's format",
+            f"The tables again: python evaluate.py --checkpoint {out / 'last.pt'}",
+        ]
     return "\n".join(lines)
 
 
@@ -127,7 +130,8 @@ def make_contact_sheet(
 ) -> Image.Image:
     """The first images with objects in four columns: their boxes, the pseudo masks that the model
     makes of these boxes (opacity = mask-aware score), its sure predictions, and the true masks,
-    where there are any. Pseudo masks are made as in training, but at the size of the test images.
+    where there are any. Pseudo masks obey the run's thresholds, but are made in eval mode and at
+    the size of the test images.
     """
     # Scores that masks have rescored are higher.
     sure_score = 0.65 if model.cfg.mode == "boxteacher" else 0.5
@@ -170,7 +174,7 @@ def _pictures_of(
     fine = (2 * boxed.height, 2 * boxed.width)
     found = model.predict(batch.images, batch.sizes, [fine])[0]
     sure = Instances(*(part[found.scores > sure_score] for part in found))
-    sure_boxes, _ = fit_boxes(sure.boxes, fine, batch.sizes[0])
+    sure_boxes, _ = scale_boxes(sure.boxes, fine, batch.sizes[0])
     # A prediction has the color of the true box that it fits. The others are gray and faint.
     colors, opacity = [NEUTRAL] * len(sure.boxes), [0.2] * len(sure.boxes)
     assigned = assign_to_boxes(box_iou(sure_boxes, boxes), sure.scores)

@@ -18,9 +18,9 @@ from golden.synthetic import recolor, synthetic_model, training_images
 from boxteacher import fcos
 from boxteacher.data import Batch
 from boxteacher.losses import box_masks
-from boxteacher.model import fit_boxes, make_teacher
+from boxteacher.model import make_teacher, scale_boxes
 from boxteacher.pseudo_labels import mask_aware_scores
-from boxteacher.published import label_boxes_as_published, to_published
+from boxteacher.published import masks_for_boxes_as_published, to_published
 from boxteacher.transforms import resized_size
 
 VARIANTS = {"b": "boxteacher", "c2": "boxinst", "d": "condinst"}
@@ -234,7 +234,7 @@ def test_detections_of_the_teacher(source):
     for n, found in enumerate(step.detections):
         size = step.batch.sizes[n]
         resized = resized_size(*size, *TEACHER_SIZE)
-        boxes, is_box = fit_boxes(found.boxes, resized, size)
+        boxes, is_box = scale_boxes(found.boxes, resized, size)
         wanted = {k: golden[f"b/im{n}/det_{k}"] for k in ("boxes", "classes", "scores")}
         index = match(boxes[is_box], found.labels[is_box], wanted["boxes"], wanted["classes"])
         index = is_box.nonzero().flatten()[index]
@@ -259,7 +259,7 @@ def test_pseudo_masks_of_the_published_code(source):
     golden, step = golden_step(source), run_step("b")
     teacher = step.teacher
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(teacher, "label_boxes", partial(label_boxes_as_published, teacher))
+        patch.setattr(teacher, "masks_for_boxes", partial(masks_for_boxes_as_published, teacher))
         pseudo = teacher.make_pseudo_masks(step.batch)
     assert_pseudo_masks(pseudo, golden, "a")
     with torch.no_grad():

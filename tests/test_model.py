@@ -12,7 +12,7 @@ from boxteacher import fcos, losses
 from boxteacher.config import Config
 from boxteacher.data import Batch
 from boxteacher.mask_head import aligned_upsample, dynamic_mask_logits
-from boxteacher.model import PseudoMasks, build_model, fit_boxes
+from boxteacher.model import PseudoMasks, build_model, scale_boxes
 from boxteacher.presets import from_preset
 from boxteacher.shapes import make_shapes_image
 from boxteacher.transforms import View, resized_size
@@ -124,7 +124,7 @@ def gradients(model, values):
 
 
 def positives_of(locations, boxes):
-    """{location: box} by SPEC section 1, one location and one box after the other."""
+    """{location: box} by FCOS's rules, one location and one box after the other."""
     found = {}
     for p in range(len(locations.xy)):
         (x, y), stride = locations.xy[p].tolist(), locations.strides[p].item()
@@ -176,7 +176,7 @@ def pair_term(m, here, there):
 
 
 def slow_losses(model, batch, weak_factor, pseudo):
-    """SPEC sections 1, 3 and 5, image by image and instance by instance, unpadded boxes."""
+    """The losses of the papers, image by image and instance by instance, unpadded boxes."""
     encoded = model.encode(model.normalize(batch.images, batch.sizes))
     logits, distances, centerness, _ = encoded.predictions
     sums, counts = (
@@ -339,12 +339,12 @@ def test_true_masks_never_reach_the_losses_of_boxes(mode):
         model = make_model(mode)
         torch.manual_seed(3)
         pseudo = model.make_pseudo_masks(variant) if mode == "boxteacher" else None
-        values, figures = model(variant.images, variant, 1.0, pseudo)
-        results.append((values, figures, gradients(model, values)))
-    for values, figures, grads in results[1:]:
+        values, metrics = model(variant.images, variant, 1.0, pseudo)
+        results.append((values, metrics, gradients(model, values)))
+    for values, metrics, grads in results[1:]:
         assert values == results[0][0]
-        for name in figures.keys() - {"pseudo_mask_iou"}:  # which is measured, not learned
-            assert torch.equal(figures[name], results[0][1][name])
+        for name in metrics.keys() - {"pseudo_mask_iou"}:  # which is measured, not learned
+            assert torch.equal(metrics[name], results[0][1][name])
         assert all(torch.equal(grads[name], grad) for name, grad in results[0][2].items())
 
 
@@ -362,9 +362,9 @@ def test_condinst_does_learn_from_true_masks():
 def test_images_without_boxes_leave_detection_losses_and_a_gradient_for_every_parameter(mode):
     model, batch = make_model(mode), make_batch((2,))
     pseudo = model.make_pseudo_masks(batch) if mode == "boxteacher" else None
-    values, figures = model(batch.images, batch, 1.0, pseudo)
+    values, metrics = model(batch.images, batch, 1.0, pseudo)
     assert {name for name, value in values.items() if value != 0} == {"class"}
-    assert all(v.isfinite().all() for v in (*values.values(), *figures.values()))
+    assert all(v.isfinite().all() for v in (*values.values(), *metrics.values()))
     for name, grad in gradients(model, values).items():
         assert grad is not None, name  # DDP waits for every parameter's
         assert grad.isfinite().all(), name
@@ -655,7 +655,7 @@ def test_fitted_boxes_are_scaled_clipped_and_told_empty():
     boxes = torch.tensor(
         [[1.0, 2.0, 30.0, 40.0], [-9.0, -9.0, 99.0, 99.0], [20.0, 50.0, 21.0, 60.0]]
     )
-    fitted, keep = fit_boxes(boxes, (50, 40), (100, 20))
+    fitted, keep = scale_boxes(boxes, (50, 40), (100, 20))
     expected = [[0.5, 4, 15, 80], [0, 0, 20, 100], [10, 100, 10.5, 100]]
     assert torch.allclose(fitted, torch.tensor(expected))
     assert keep.tolist() == [True, True, False]

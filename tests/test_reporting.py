@@ -51,14 +51,14 @@ def test_the_sheets_pseudo_masks_obey_the_thresholds_of_the_run(model_and_data):
 
 
 def test_the_sheets_pseudo_masks_are_those_of_the_runs_own_scores(model_and_data):
-    """published_score replaces `label_boxes`, and the sheet calls it too."""
+    """published_score replaces `masks_for_boxes`, and the sheet calls it too."""
     model, val_set = model_and_data
     calls = []
-    model.label_boxes = lambda *args: calls.append(args)
+    model.masks_for_boxes = lambda *args: calls.append(args)
     try:
         make_contact_sheet(model, val_set, torch.device("cpu"), rows=2)
     finally:
-        del model.label_boxes
+        del model.masks_for_boxes
     assert len(calls) == 2
 
 

@@ -141,13 +141,18 @@ def test_metrics_are_json_lines_with_losses_and_the_flywheel(finished):
     assert [("evaluation" in m, m["step"]) for m in rest] == [(True, 1), (False, 2), (True, 2)]
     losses = {"class", "box", "centerness", "projection", "pairwise"}
     losses |= {"pseudo_mask", "pseudo_affinity"}
-    figures = {"color_edge_share", "pseudo_masks_per_image", "mask_aware_score", "pseudo_mask_iou"}
-    assert losses | figures | {"step", "lr", "images_per_s", "loss"} <= first.keys()
+    shares = {
+        "similar_pair_share",
+        "pseudo_masks_per_image",
+        "mask_aware_score",
+        "pseudo_mask_iou",
+    }
+    assert losses | shares | {"step", "lr", "images_per_s", "loss"} <= first.keys()
     assert first["loss"] == pytest.approx(sum(first[name] for name in losses), rel=1e-4)
     assert first["pseudo_masks_per_image"] > 0
     assert 0 < first["mask_aware_score"] <= 1
     assert 0 < first["pseudo_mask_iou"] < 1
-    assert 0 < first["color_edge_share"] < 1
+    assert 0 < first["similar_pair_share"] < 1
     assert rest[0]["evaluation"].keys() == {"bbox", "segm"}
 
 
@@ -253,8 +258,8 @@ def test_bfloat16_and_compilation_are_chosen_by_the_device_unless_said(tmp_path)
         full, half = lines["float32"][name], lines["bfloat16"][name]
         assert half == pytest.approx(full, rel=0.03), name
         assert half != full, name
-    settled = json.loads((tmp_path / "bfloat16/config.json").read_text())
-    assert (settled["dtype"], settled["compile"]) == ("bfloat16", "off")
+    resolved = json.loads((tmp_path / "bfloat16/config.json").read_text())
+    assert (resolved["dtype"], resolved["compile"]) == ("bfloat16", "off")
 
 
 # --- interruptions --------------------------------------------------------------------------------
@@ -452,17 +457,17 @@ def test_help_and_list_print_and_end():
 
 
 def write_diamonds(folder: Path, name: str, seed: int, count: int, masks: bool) -> list[str]:
-    """One or two bright diamonds per dark image of 128 x 128: half of its box, so that only colors
+    """One or two bright diamonds per dark image of 96 x 96: half of its box, so that only colors
     tell. Returns train.py's options for them.
     """
-    rng, size = np.random.default_rng(seed), 128
+    rng, size = np.random.default_rng(seed), 96
     images, annotations = [], []
     (folder / name).mkdir()
     for image_id in range(1, count + 1):
         background = rng.uniform(0, 80, 3)
         pixels, taken = np.tile(background, (size, size, 1)), np.zeros((size, size), dtype=bool)
         for _ in range(2):
-            height, width = rng.integers(48, 96, 2).tolist()
+            height, width = rng.integers(40, 80, 2).tolist()
             top, left = rng.integers(size - height + 1), rng.integers(size - width + 1)
             window = (slice(top, top + height), slice(left, left + width))
             if taken[window].any():
@@ -486,17 +491,16 @@ def write_diamonds(folder: Path, name: str, seed: int, count: int, masks: bool) 
 
 
 def test_boxes_and_masks_are_learned_from_boxes_alone(tmp_path):
-    """Runs like this with seeds 0 to 3 reached mask AP 78.5, 78.6, 45.1, 79.0. A filled box has an
+    """Runs like this with seeds 0 to 3 reached mask AP 83.1, 83.1, 82.7, 84.0. A filled box has an
     IoU of one half with its diamond, so filled boxes, the masks before any are learned, have an AP
-    of 10 at most. (Masks lose the corners of their boxes one by one: 250 steps of a smaller network
-    with `weak_warmup_steps` 60 reached anything between 18 and 78.)
+    of 10 at most.
     """
     files = write_diamonds(tmp_path, "train", 1, 400, masks=False)
     files += write_diamonds(tmp_path, "val", 2, 60, masks=True)
-    words = """--mode boxteacher --steps 350 --batch-size 8 --warmup-steps 20
+    words = """--mode boxteacher --steps 350 --batch-size 4 --warmup-steps 20
         --weak-warmup-steps 150 --ema-momentum 0.95 --tower-convs 2 --mask-branch-convs 2
-        --mask-branch-channels 64 --max-mask-locations 16""".split()
-    ended = train(*options_for(128), *files, *words, "--out", tmp_path / "out")
+        --mask-branch-channels 64 --max-mask-locations 8""".split()
+    ended = train(*options_for(96), *files, *words, "--out", tmp_path / "out")
     assert ended.code == 0, ended.err
     tables = metrics(tmp_path / "out")[-1]["evaluation"]
     assert tables["bbox"]["AP"] > 60

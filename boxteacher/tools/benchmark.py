@@ -43,7 +43,7 @@ from boxteacher.config import Config, ConfigError
 from boxteacher.data import Batch, Sample, collate, make_train_loader, make_train_set
 from boxteacher.distributed import init_distributed
 from boxteacher.losses import box_masks
-from boxteacher.model import CondInst, fit_boxes, resize_images
+from boxteacher.model import CondInst, resize_images, scale_boxes
 from boxteacher.presets import from_preset
 from boxteacher.shapes import CLASS_NAMES, load_shapes_image, make_shapes_coco
 
@@ -140,7 +140,7 @@ def make_batch(
             normalized, sizes = resize_images(normalized, sizes, *limits)
         detections = network.detect(network.encode(normalized))
     for n, (image, found) in enumerate(zip(images, detections, strict=True)):
-        chosen = fit_boxes(found.boxes, sizes[n], size)[0][:boxes].cpu()
+        chosen = scale_boxes(found.boxes, sizes[n], size)[0][:boxes].cpu()
         masks = has_mask = None
         if cfg.mode == "condinst":
             masks = box_masks(chosen, height, width, stride=1)[:, 2::4, 2::4]
@@ -165,11 +165,11 @@ def make_jpegs(folder: Path, count: int = 64, size: int = 560) -> dict[str, str]
 
 
 def measure_data(cfg: Config, steps: int) -> dict[str, Any]:
-    """Batches that the loader yields, with nobody else at work."""
+    """Batches of the loader, while nothing else runs."""
     with tempfile.TemporaryDirectory() as folder:
-        source = (
-            f"shapes of {cfg.shapes_size} pixels" if cfg.dataset == "shapes" else cfg.train_json
-        )
+        source = cfg.train_json
+        if cfg.dataset == "shapes":
+            source = f"shapes of {cfg.shapes_size} pixels"
         cfg = dataclasses.replace(cfg, shapes_train=64)
         if cfg.dataset == "coco" and not Path(cfg.train_json).is_file():
             source = "64 synthetic JPEGs of 560x560"

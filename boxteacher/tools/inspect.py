@@ -1,6 +1,6 @@
 """What a training set is like: how many objects, how large, and how often their colors mislead.
 
-    python -m boxteacher.tools.inspect --statistics [PRESET] [--field value ...] [--images 300]
+    python -m boxteacher.tools.inspect [PRESET] --statistics [--field value ...] [--images 300]
 
 Images are those that the network sees in training. The pairwise loss pulls two pixels of similar
 color into one mask (BoxInst, arXiv 2012.02310, section 3.2). True masks tell how often it is right.
@@ -16,14 +16,14 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from boxteacher import losses
-from boxteacher.command_line import parse
+from boxteacher.command_line import Parser, split_preset
 from boxteacher.config import Config, ConfigError
 from boxteacher.data import Batch, CocoDataset, collate, make_train_set
 from boxteacher.errors import run
+from boxteacher.presets import from_preset
 
 LEAKY = 0.25  # share of leaks above which an object counts as leaky
 ROWS = {  # names in the JSON line and what they are, in percent; all but the first need true masks
@@ -37,17 +37,16 @@ ROWS = {  # names in the JSON line and what they are, in percent; all but the fi
 
 
 def read_arguments(argv: Sequence[str]) -> tuple[Config, argparse.Namespace]:
-    """This program's own options. The rest is a configuration, as for train.py."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    parser.add_argument("--statistics", action="store_true")
-    parser.add_argument("--images", type=int, default=300)
-    options, rest = parser.parse_known_args(argv)
-    if not options.statistics or {"-h", "--help"} & set(rest):
-        print(__doc__, "Fields and presets: python train.py --help, --list", sep="\n")
-        raise SystemExit(0)
+    """The configuration, and this program's own options."""
+    preset, words = split_preset(argv, default="shapes")
+    parser = Parser("python -m boxteacher.tools.inspect --statistics [PRESET]", __doc__)
+    add = parser.add_argument
+    add("--statistics", action="store_true", required=True, help="measure a data set")
+    add("--images", type=int, default=300, metavar="N", help="how many (300)")
+    options, given = parser.read(words)
     if options.images < 1:
         raise ConfigError(f"--images is {options.images}: give 1 or more")
-    return parse(rest), options
+    return from_preset(**({"preset": preset} | given)), options
 
 
 def pair_counts(batch: Batch, threshold: float) -> Tensor:
@@ -64,13 +63,10 @@ def pair_counts(batch: Batch, threshold: float) -> Tensor:
     in_box = losses.box_masks(batch.boxes[0][batch.valid[0]], rows, columns)
     mask = torch.zeros_like(in_box) if batch.masks is None else batch.masks[0, : len(in_box)]
 
-    def neighbor(x: Tensor, dy: int, dx: int) -> Tensor:
-        return F.pad(x, (2, 2, 2, 2))[..., 2 + dy : 2 + dy + rows, 2 + dx : 2 + dx + columns]
-
     counts = torch.zeros(len(in_box), 3, 2, dtype=torch.int64)
     for direction, (dy, dx) in enumerate(losses.NEIGHBORS):
-        other = neighbor(mask, dy, dx)
-        pairs = in_box & on_image & neighbor(on_image, dy, dx)
+        other = losses.shifted(mask, dy, dx)
+        pairs = in_box & on_image & losses.shifted(on_image, dy, dx)
         for kind, is_kind in enumerate((mask ^ other, mask & other, ~(mask | other))):
             counts[:, kind, 0] += (pairs & is_kind).sum((1, 2))
             counts[:, kind, 1] += (pairs & is_kind & is_alike[direction]).sum((1, 2))

@@ -12,10 +12,10 @@ checkpoint's validation set and writes a comparison with true masks next to it: 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,14 @@ from torchvision.ops import box_iou
 from tqdm import tqdm
 
 from boxteacher import errors
-from boxteacher.checkpoint import load_checkpoint, load_weights
+from boxteacher.checkpoint import load_model
 from boxteacher.coco_eval import box_baselines, encode_masks
-from boxteacher.config import ConfigError, from_dict
+from boxteacher.command_line import Parser
+from boxteacher.config import ConfigError
 from boxteacher.data import Batch, CocoDataset, collate, make_val_set
 from boxteacher.distributed import init_distributed
 from boxteacher.fcos import assign_targets
-from boxteacher.model import MASK_CHUNK, CondInst, Encoded, Size, build_model, fit_boxes
+from boxteacher.model import MASK_CHUNK, CondInst, Encoded, Size, scale_boxes
 from boxteacher.pseudo_labels import assign_to_boxes, mask_aware_scores
 
 Sizes = tuple[Size, Size]  # of an image: as the network sees it, and the original
@@ -53,7 +54,7 @@ def label_image(model: CondInst, batch: Batch, boxes: Tensor, original: Size) ->
 
     # 1. Detections near a box choose among the boxes.
     found = model.detect(encoded)[0]
-    found_boxes, _ = fit_boxes(found.boxes, *sizes)
+    found_boxes, _ = scale_boxes(found.boxes, *sizes)
     ious = box_iou(found_boxes, boxes)  # [D, G]
     is_near = (ious >= cfg.iou_threshold).any(1)
     places = found.location_index[is_near]
@@ -65,7 +66,7 @@ def label_image(model: CondInst, batch: Batch, boxes: Tensor, original: Size) ->
     class_probs = encoded.predictions.class_logits[0].sigmoid().amax(-1)
     quality = class_probs * encoded.predictions.centerness_logits[0].sigmoid()  # [P]
     index = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
-    for g, box in enumerate(fit_boxes(boxes, original, batch.sizes[0])[0]):
+    for g, box in enumerate(scale_boxes(boxes, original, batch.sizes[0])[0]):
         has_detection = assigned[g] >= 0
         index[g] = places[assigned[g]] if has_detection else best_location(encoded, quality, box)
 
@@ -163,22 +164,24 @@ def compare(coco: dict[str, Any], masks: dict[int, BoxMask]) -> dict[str, dict[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(usage=__doc__)
-    for option in ("checkpoint", "boxes", "images", "output"):
-        parser.add_argument(f"--{option}", required=option == "checkpoint")
-    args = parser.parse_args()
+    parser = Parser("python -m boxteacher.tools.label --checkpoint FILE [...]", __doc__)
+    add = parser.add_argument
+    add("--checkpoint", metavar="FILE", required=True, help="written by train.py")
+    add("--boxes", metavar="FILE", help="JSON in COCO's format (default: the validation set)")
+    add("--images", metavar="DIR", help="the folder of its images")
+    add("--output", metavar="FILE", help="the file to write")
+    args, given = parser.read(sys.argv[1:])
     files = [path for path in (args.boxes, args.images, args.output) if path]
     if len(files) not in (0, 3):
         raise ConfigError("give --boxes, --images and --output, or none of them")
 
-    state = load_checkpoint(args.checkpoint)
-    cfg = from_dict(state["config"], args.checkpoint)
+    device = init_distributed(given.get("device", "auto"))
+    model, _ = load_model(args.checkpoint, device)
+    cfg = dataclasses.replace(model.cfg, **given)
     if files:
         paths = dict(val_json=args.boxes, val_images=args.images)
         cfg = dataclasses.replace(cfg, dataset="coco", **paths)
     dataset = make_val_set(cfg)
-    model = build_model(cfg, len(state["class_names"])).to(init_distributed(cfg.device))
-    load_weights(model, state["teacher"] or state["student"], args.checkpoint)
 
     coco, masks = dataset.coco, label_dataset(model, dataset)
     unclaimed = {i: mask for i, mask in masks.items() if mask["mask_source"] == "location"}

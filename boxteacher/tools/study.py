@@ -11,7 +11,6 @@ Settings are tuned with seeds 10 and up, and seeds 0 to 4 are reported. A table 
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import json
 import os
@@ -28,7 +27,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from boxteacher import errors
-from boxteacher.command_line import parse
+from boxteacher.command_line import Parser, parse
 from boxteacher.config import ConfigError
 from boxteacher.presets import PRESETS
 
@@ -74,8 +73,6 @@ STUDIES: dict[str, list[C]] = {
     "score": [
         C("mask-aware", TEACHER),
         C("published", f"{TEACHER} --published-score"),
-        # planned: C("detection", f"{TEACHER} --mask-score detection"),
-        # planned: C("constant", f"{TEACHER} --mask-score constant"),
     ],
     "augmentation": [
         C(f"{m} x{x} {colors}", f"{words} --student-augmentation {colors}", f"{m} x{x} none")
@@ -299,13 +296,14 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(usage=__doc__)
-    parser.add_argument("name", choices=STUDIES)
-    parser.add_argument("--seeds", default="0-4", help="such as 0-4 or 0,1,2")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("--only", action="append", help="a label; can be repeated")
-    parser.add_argument("--table", action="store_true", help="write the tables and run nothing")
-    args = parser.parse_args()
+    parser = Parser("python -m boxteacher.tools.study NAME [...]", __doc__, fields=False)
+    add = parser.add_argument
+    add("name", choices=STUDIES, help=f"one of {', '.join(STUDIES)}", metavar="NAME")
+    add("--seeds", default="0-4", help="such as 0-4 or 0,1,2")
+    add("--jobs", type=int, default=2, help="runs at a time")
+    add("--only", action="append", metavar="LABEL", help="one configuration (can be repeated)")
+    add("--table", action="store_true", help="write the tables and run nothing")
+    args, _ = parser.read(sys.argv[1:])
     configurations = {c.label: c for c in STUDIES[args.name]}
     chosen = args.only or list(configurations)
     if unknown := set(chosen) - configurations.keys():
