@@ -241,7 +241,7 @@ class WindowAttention(swin_transformer.ShiftedWindowAttention):
 
 
 def into_windows(x: Tensor, size: int) -> Tensor:
-    """Maps [N, H, W, C] cut into squares: [N, windows, size², C]."""
+    """Maps [N, h, w, C] cut into squares: [N, windows, size², C]."""
     x = x.unflatten(2, (-1, size)).unflatten(1, (-1, size)).transpose(2, 3)
     return x.flatten(3, 4).flatten(1, 2)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -31,6 +32,8 @@ from .visualize import (
     sheet_side,
 )
 
+SAY_EVERY = 30  # seconds between lines of progress where there is no terminal for a bar
+
 
 class RunLog:
     """Progress on the terminal and in metrics.jsonl, by rank 0: one line for each step that is
@@ -52,6 +55,7 @@ class RunLog:
             disable=None if distributed.is_main() else True,
         )
         self.started, self.since = time.perf_counter(), start
+        self.run_started, self.run_start, self.last_said = self.started, start, self.started
 
     def step(
         self, step: int, lr: float, losses: Mapping[str, Tensor], metrics: Mapping[str, Tensor]
@@ -72,6 +76,15 @@ class RunLog:
         self.bar.set_postfix(shown | {name: f"{values[name]:.2f}" for name in losses})
         self._write({"step": step, "lr": lr, "images_per_s": images_per_s, "loss": total} | values)
         self.started, self.since = time.perf_counter(), step
+        if self.bar.disable and self.started - self.last_said > SAY_EVERY:  # there is no terminal
+            pace = (self.started - self.run_started) / (step - self.run_start)
+            left = pace * (self.bar.total - step) / 60
+            parts = ", ".join(f"{name} {values[name]:.2f}" for name in losses)
+            self.say(
+                f"step {step} of {self.bar.total}, {left:.0f} min left,"
+                f" {images_per_s:.1f} images/s, loss {total:.3f} ({parts})"
+            )
+            self.last_said = self.started
 
     def evaluation(self, step: int, tables: Mapping[str, Any], seconds: float) -> None:
         self._write({"step": step, "evaluation": tables, "evaluation_s": seconds})
@@ -80,6 +93,7 @@ class RunLog:
     def say(self, text: str) -> None:
         if distributed.is_main():
             tqdm.write(text)
+            sys.stdout.flush()  # a file or a pipe would wait for more
 
     def close(self) -> None:
         self.bar.close()

@@ -21,8 +21,8 @@ here, 6 % on COCO, where objects are larger on the stride-4 grid.
 How: `_layout` draws outlines from one random stream, `make_shapes_image` paints them from another,
 so annotations (`make_shapes_coco`) cost no painting. Colors are CIE Lab (D65), as in BoxInst.
 
-# S side of the square image · G objects in painting order (later ones cover earlier ones)
-# h, w an object's patch · K points or colors · O octaves of noise, from coarse to fine
+S side of the square image · G objects in painting order (later ones cover earlier ones)
+h, w an object's patch · K points or colors · O octaves of noise, from coarse to fine
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _outlines(name: str, rng: Rng) -> list[np.ndarray]:
     if name == "ring":
         return [_polar(1.0, turn), _polar(rng.uniform(0.42, 0.54), turn)]
     if name == "crescent":
-        # The unit disc minus a disc of radius r at (d, 0); the circles meet at the tips.
+        # The unit disc minus a disc of radius r at (d, 0). The circles meet at the tips.
         r, d = rng.uniform(0.6, 0.74), rng.uniform(0.6, 0.7)
         tip = np.arccos((1 + d * d - r * r) / (2 * d))
         inner_tip = np.pi - np.arccos(np.clip((r * r + d * d - 1) / (2 * r * d), -1, 1))
@@ -117,7 +117,7 @@ def _layout(seed: int, index: int, size: int) -> tuple[list[Patch], np.ndarray, 
 
     Objects are placed in painting order, roughly large to small. A place is refused if too much of
     the new object lies outside the image or if it would leave less than MIN_VISIBLE of an earlier
-    one; after twelve tries the new object is left out.
+    one. After twelve tries the new object is left out.
     """
     rng = np.random.default_rng([seed, index, 0])
     count = int(rng.integers(OBJECTS[0], OBJECTS[1] + 1))
@@ -158,7 +158,7 @@ def _layout(seed: int, index: int, size: int) -> tuple[list[Patch], np.ndarray, 
 
 
 def _lab_to_rgb(lab: np.ndarray) -> np.ndarray:
-    """CIE Lab (D65) -> sRGB (IEC 61966-2-1) uint8, both [..., 3]; clipped to what sRGB can show."""
+    """CIE Lab (D65) -> sRGB (IEC 61966-2-1) uint8, both [..., 3], clipped to what sRGB can show."""
     y = (lab[..., 0] + 16) / 116
     f = np.stack([y + lab[..., 1] / 500, y, y - lab[..., 2] / 200], axis=-1)
     xyz = np.where(f > 6 / 29, f * f * f, (f - 4 / 29) * (3 * (6 / 29) ** 2))
@@ -215,7 +215,7 @@ def _cut(octaves: np.ndarray, h: int, w: int, rng: Rng) -> np.ndarray:
 
 
 def _ramp(h: int, w: int, rng: Rng) -> np.ndarray:
-    """A plane [h, w] that rises by 1 over the longer side, in a random direction; 0 in the mean."""
+    """A plane [h, w] that rises by 1 over the longer side, in a random direction, with mean 0."""
     angle = rng.uniform(0, 2 * np.pi)
     y = (np.arange(h, dtype=np.float32) - h / 2)[:, None] * np.float32(np.sin(angle) / max(h, w))
     x = (np.arange(w, dtype=np.float32) - w / 2)[None, :] * np.float32(np.cos(angle) / max(h, w))
@@ -223,7 +223,7 @@ def _ramp(h: int, w: int, rng: Rng) -> np.ndarray:
 
 
 def _surface(color: np.ndarray, noise: np.ndarray, roughness: float, rng: Rng) -> np.ndarray:
-    """A shaded, textured surface around `color` [3], of noise [O, h, w]; Lab [h, w, 3]."""
+    """A shaded, textured surface around `color` [3], of noise [O, h, w], as Lab [h, w, 3]."""
     h, w = noise.shape[1:]
     tones = rng.normal(0, roughness, (len(noise), 3)) * STRENGTHS[:, None] * (1, 0.4, 0.4)
     surface = np.tensordot(noise, tones.astype(np.float32), (0, 0)) + color
@@ -234,7 +234,7 @@ def _surface(color: np.ndarray, noise: np.ndarray, roughness: float, rng: Rng) -
 
 
 def _pattern(h: int, w: int, periods: Range, contrast: float, rng: Rng) -> np.ndarray:
-    """Stripes, dots or checks to add to a surface; Lab [h, w, 3], about 0 in the mean."""
+    """Stripes, dots or checks to add to a surface: Lab [h, w, 3] with a mean of about 0."""
     waves = np.float32(2 * np.pi * max(h, w) / np.exp(rng.uniform(*np.log(periods))))
     u, v = waves * _ramp(h, w, rng), waves * _ramp(h, w, rng)
     kind = rng.choice(["stripes", "dots", "checks"])
@@ -262,7 +262,7 @@ def _camouflage(surface: np.ndarray, below: np.ndarray, front: np.ndarray, rng: 
 
 
 def _cast_shadow(lab: np.ndarray, patch: Patch, light: np.ndarray, depth: float) -> None:
-    """Darken `lab` [S, S, 3] softly by an object's shadow; `light` (y, x) points to the light."""
+    """Darken `lab` [S, S, 3] softly by an object's shadow. `light` (y, x) points to the light."""
     (rows, columns), opacity = patch
     quarter = -(-len(lab) // 4)
     canvas = Image.new("L", (quarter, quarter))
@@ -274,13 +274,13 @@ def _cast_shadow(lab: np.ndarray, patch: Patch, light: np.ndarray, depth: float)
 
 
 def _rim(opacity: np.ndarray, light: np.ndarray) -> np.ndarray:
-    """Up to 1 along an object's edges towards the light, -1 along those away from it; [h, w]."""
+    """Up to 1 along an object's edges towards the light, -1 along those away from it: [h, w]."""
     down, right = np.gradient(np.pad(opacity, 1))
     return -2 * (down * light[0] + right * light[1])[1:-1, 1:-1]
 
 
 def _background(octaves: np.ndarray, roughness: float, rng: Rng) -> np.ndarray:
-    """A textured surface with unlabeled lines and specks; Lab [S, S, 3]."""
+    """A textured surface with unlabeled lines and specks: Lab [S, S, 3]."""
     size = octaves.shape[1]
     lab = _surface(_random_color(rng, (0, 20)), octaves, roughness, rng)
     draw = ImageDraw.Draw(canvas := Image.new("L", (2 * size, 2 * size)))
@@ -309,7 +309,7 @@ def _check(seed: int, index: int, size: int) -> None:
 def make_shapes_image(seed: int, index: int, size: int) -> tuple[np.ndarray, ...]:
     """Image `index` of set `seed`: uint8 [S, S, 3] RGB, visible masks bool [G, S, S], labels [G].
 
-    Labels (int64) index CLASS_NAMES; masks do not overlap. Raises ValueError for a negative seed or
+    Labels (int64) index CLASS_NAMES. Masks do not overlap. Raises ValueError for a negative seed or
     index, or a size under 64.
     """
     _check(seed, index, size)
@@ -343,7 +343,7 @@ def make_shapes_coco(seed: int, count: int, size: int) -> dict:
     """Annotations of images 0..count-1 in COCO's format: the visible masks and their tight boxes.
 
     Masks are uncompressed RLE, boxes xywh in pixels, image ids index + 1, category ids label + 1.
-    Nothing is painted; `load_shapes_image` does that when asked.
+    Nothing is painted. `load_shapes_image` does that.
     """
     _check(seed, 0, size)
     images, annotations = [], []
@@ -368,7 +368,7 @@ def make_shapes_coco(seed: int, count: int, size: int) -> dict:
 
 
 def _tight_box_xywh(mask: np.ndarray) -> list[float]:
-    """[x, y, width, height] around a non-empty mask [H, W]; a single pixel has width, height 1."""
+    """[x, y, width, height] around a non-empty mask [S, S]. A single pixel has sides of 1."""
     columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
     x, y = columns[0], rows[0]
     return [float(x), float(y), float(columns[-1] + 1 - x), float(rows[-1] + 1 - y)]

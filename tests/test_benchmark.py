@@ -1,4 +1,4 @@
-"""The benchmark measures what it says; how fast anything is, no test asks."""
+"""The benchmark measures what it says. No test is about how fast anything is."""
 
 import json
 import subprocess
@@ -48,7 +48,7 @@ def test_a_step_is_the_sum_of_its_parts(measured):
 
 def test_flops_are_those_of_convolutions_and_products(measured):
     """The teacher runs the student's network; all of it trains here, so backward is twice that,
-    but for the gradient with regard to the image."""
+    except for the gradient with regard to the image."""
     flops = measured[0]["train"]["flops"]
     assert flops["teacher"] == pytest.approx(flops["student forward"], rel=0.1)
     stem = 2 * (2 * (3 * 7 * 7 * 64) * (32 * 48))  # two images, half as wide and high behind it

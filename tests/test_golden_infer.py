@@ -12,7 +12,7 @@ from golden.synthetic import inference_image, synthetic_model
 
 from boxteacher.model import CondInst
 
-# One network each but for R-50: the other differs in numbers only, and costs 10 s.
+# One network each, except for R-50: the other differs in numbers only, and costs 10 s.
 CASES = [("r50", "teacher"), ("r50", "student"), ("r101_dcn", "student"), ("swin", "teacher")]
 
 

@@ -1,4 +1,4 @@
-"""A float32 training step, as train.py sets it up, beside the same step in float64."""
+"""A float32 training step, as train.py sets it up, compared with the same step in float64."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def condinst_file(tmp_path_factory):
 
 
 def edited(path: Path, edit) -> Path:
-    """The file beside it, with its weights changed."""
+    """Another file in its folder, with its weights changed."""
     content = torch.load(path, weights_only=True)
     edit(content["model"])
     torch.save(content, path.with_name("edited.pth"))

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -245,6 +246,14 @@ def test_two_processes_do_what_one_does_with_the_same_global_batch(
     first, second = (load_checkpoint(tmp_path / name / "last.pt") for name in ("one", "two"))
     for who in ("student",) if mode == "condinst" else ("student", "teacher"):
         assert_close(second[who], first[who], rtol=1e-3, atol=1e-5)
+
+
+def test_a_run_without_a_terminal_says_how_far_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr("boxteacher.reporting.SAY_EVERY", 0)
+    ended = train(*TINY, "--steps", 3, "--out", tmp_path / "out")
+    lines = [line for line in ended.out.splitlines() if line.startswith("step ")]
+    assert [line.partition(",")[0] for line in lines[:3]] == [f"step {n} of 3" for n in (1, 2, 3)]
+    assert re.search(r"\d+ min left, \d+\.\d images/s, loss \d+\.\d+ \(class ", lines[0])
 
 
 def test_bfloat16_and_compilation_are_chosen_by_the_device_unless_said(tmp_path):

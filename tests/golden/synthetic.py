@@ -129,7 +129,7 @@ def make_image(seed: int, height: int, width: int, num_blobs: int) -> np.ndarray
 
 
 def recolor(image: np.ndarray) -> np.ndarray:
-    """What stands for the strong augmentation: a gain and a shift of each channel."""
+    """Instead of the strong augmentation: a gain and a shift of each channel."""
     recolored = image * np.array([1.15, 0.85, 1.0]) + np.array([-12.0, 20.0, 6.0])
     return np.clip(np.rint(recolored), 0, 255).astype(np.uint8)
 
