@@ -205,7 +205,10 @@ def train(
         ) from None
     log.close()
     if distributed.is_main():
-        shown = val_set if val_set is not None else train_set
+        shown = val_set
+        if shown is None:  # the training images, whole and not flipped
+            files = dict(val_json=cfg.train_json, val_images=cfg.train_images)
+            shown = make_val_set(dataclasses.replace(cfg, **files))
         make_contact_sheet(state.evaluated_model, shown, device).save(out / "contact_sheet.png")
     return tables
 

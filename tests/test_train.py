@@ -21,7 +21,9 @@ from PIL import Image
 from boxteacher.checkpoint import load_checkpoint, load_model, save_checkpoint
 from boxteacher.coco_eval import encode_masks
 from boxteacher.command_line import parse
+from boxteacher.data import make_val_set
 from boxteacher.model import build_model
+from boxteacher.reporting import make_contact_sheet
 from boxteacher.shapes import make_shapes_coco, make_shapes_image
 
 torch.set_num_threads(1)
@@ -388,6 +390,14 @@ def test_a_run_without_a_validation_set_says_so_and_evaluates_nothing(files, tmp
     assert "AP" not in ended.out
     assert [m["step"] for m in metrics(tmp_path / "out")] == [1, 2]
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES - {"results.json"}
+    # The sheet shows the training images at test size, never flipped or cropped.
+    model, _ = load_model(tmp_path / "out/last.pt")
+    cfg = dataclasses.replace(model.cfg, val_json=files[1][1], val_images=files[1][3])
+    expected = make_contact_sheet(model, make_val_set(cfg), torch.device("cpu"))
+    with Image.open(tmp_path / "out/contact_sheet.png") as sheet:
+        assert sheet.size == expected.size
+        difference = np.asarray(sheet.convert("RGB"), int) - np.asarray(expected, int)
+    assert (np.abs(difference).max(-1) > 8).mean() < 1e-3
 
 
 def test_condinst_says_that_it_needs_masks(files, tmp_path):
