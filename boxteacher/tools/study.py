@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,61 +29,7 @@ from PIL import Image
 from boxteacher import errors
 from boxteacher.command_line import Parser, parse
 from boxteacher.config import ConfigError
-from boxteacher.presets import PRESETS
-
-
-class C(NamedTuple):
-    """A configuration."""
-
-    label: str
-    words: str  # of train.py's command line
-    reference: str = ""  # the label to compare with, by default the study's first
-    masks_from: str = ""  # self-training: the label whose run makes the masks to learn from
-
-
-STEPS = PRESETS["shapes"].changes["steps"]
-SIDE = PRESETS["shapes"].changes["train_sizes"][0]
-TEACHER = "shapes --mode boxteacher"
-NUCLEI = "../shared/data/nuclei/annotations/instances_train.json"  # with masks
-
-STUDIES: dict[str, list[C]] = {
-    "methods_shapes": [  # learning rates and warm-ups: the preset's, until they are tuned
-        C("BoxInst", "shapes --mode boxinst --lr 0.001 --weak-warmup-steps 400"),
-        C("BoxTeacher", "shapes --mode boxteacher --lr 0.001 --weak-warmup-steps 400"),
-        C("CondInst", "shapes --mode condinst --lr 0.001"),
-        C("self-training", "shapes --mode condinst --lr 0.001", masks_from="BoxInst"),
-    ],
-    "methods_nuclei": [
-        C("BoxInst", "nuclei --mode boxinst --lr 0.001 --weak-warmup-steps 250"),
-        C("BoxTeacher", "nuclei --mode boxteacher --lr 0.001 --weak-warmup-steps 250"),
-        C("CondInst", f"nuclei --mode condinst --lr 0.001 --train-json {NUCLEI}"),
-        C("self-training", "nuclei --mode condinst --lr 0.001", masks_from="BoxInst"),
-    ],
-    "length_shapes": [
-        C(f"{mode} x{x}", f"shapes --mode {mode} --steps {int(x * STEPS)}", f"boxinst x{x}")
-        for x in (0.5, 1, 2, 4)
-        for mode in ("boxinst", "boxteacher", "condinst")
-    ],
-    "pseudo_losses": [
-        C("none", f"{TEACHER} --pseudo-mask-weight 0 --pseudo-affinity-weight 0"),
-        C("pixel", f"{TEACHER} --pseudo-affinity-weight 0"),
-        C("affinity", f"{TEACHER} --pseudo-mask-weight 0"),
-        C("both", TEACHER),
-    ],
-    "score": [
-        C("mask-aware", TEACHER),
-        C("published", f"{TEACHER} --published-score"),
-    ],
-    "augmentation": [
-        C(f"{m} x{x} {colors}", f"{words} --student-augmentation {colors}", f"{m} x{x} none")
-        for m in ("condinst", "boxteacher")
-        for x in (1, 2)
-        for words in (f"shapes --mode {m} --steps {x * STEPS}",)
-        for colors in ("none", "weak", "strong")
-    ],
-    "ema": [C(m, f"{TEACHER} --ema-momentum {m}") for m in ("0", "0.9", "0.99", "0.999")],
-    "teacher_size": [C(f"{x}x", f"{TEACHER} --teacher-size {int(x * SIDE)}") for x in (1, 1.2)],
-}
+from boxteacher.tools.studies import STUDIES, C
 
 MEASURES = {  # name in results.jsonl: heading, decimals
     "mask_ap": ("mask AP", 1),
@@ -104,23 +50,11 @@ Result = dict[str, Any]  # a line of results.jsonl
 # --- runs -----------------------------------------------------------------------------------------
 
 
-@dataclass
-class Run:
+class Run(NamedTuple):
     folder: Path
     identity: Result  # label, seed and words, with which its result begins
-    needs: Result | None  # the identity of the run that makes its masks
-    commands: list[list[str]]  # not yet started
-    process: subprocess.Popen | None = None
-    since: float = 0.0  # when the process started
-    minutes: float = 0.0  # of the process before it
-
-    def start_next(self, lock: int) -> None:
-        """Start the next command. It inherits the lock, which lasts until all who have it end."""
-        now, environment = time.monotonic(), {"OMP_NUM_THREADS": "1"} | os.environ
-        self.minutes, self.since = (now - self.since) / 60, now
-        with open(self.folder / "log.txt", "a") as log:
-            options = dict(env=environment, pass_fds=[lock], stdout=log, stderr=log)
-            self.process = subprocess.Popen(self.commands.pop(0), **options)
+    needs: Path | None  # the folder of the run that makes its masks
+    commands: list[list[str]]  # the last but one trains
 
 
 def make_run(study: Path, configurations: dict[str, C], label: str, seed: int) -> Run:
@@ -132,8 +66,8 @@ def make_run(study: Path, configurations: dict[str, C], label: str, seed: int) -
     make_masks, commands = [sys.executable, "-m", "boxteacher.tools.label"], []
     if configuration.masks_from:
         stage1 = make_run(study, configurations, configuration.masks_from, seed)
-        needs = stage1.identity
-        identity["words"] += f" | masks from: {needs['words']}"
+        needs = stage1.folder
+        identity["words"] += f" | masks from: {stage1.identity['words']}"
         inputs = [f"--boxes={cfg.train_json}", f"--images={cfg.train_images}"]
         if cfg.dataset == "shapes":
             code = f"import boxteacher.tools.study as s; s.write_shapes({str(files)!r}, {words})"
@@ -141,11 +75,10 @@ def make_run(study: Path, configurations: dict[str, C], label: str, seed: int) -
             inputs = [f"--boxes={files / 'train.json'}", f"--images={files / 'train'}"]
             words += ["--dataset=coco", f"--train-images={files / 'train'}"]
             words += [f"--val-json={files / 'val.json'}", f"--val-images={files / 'val'}"]
-        inputs += [f"--checkpoint={stage1.folder / 'last.pt'}", f"--output={masks}"]
+        inputs += [f"--checkpoint={needs / 'last.pt'}", f"--output={masks}"]
         commands.append(make_masks + inputs)
         words.append(f"--train-json={masks}")
-    train = Path(__file__).parents[2] / "train.py"
-    commands.append([sys.executable, str(train), *words])
+    commands.append([sys.executable, str(Path(__file__).parents[2] / "train.py"), *words])
     commands.append([*make_masks, f"--checkpoint={folder / 'last.pt'}"])
     return Run(folder, identity, needs, commands)
 
@@ -165,17 +98,26 @@ def write_shapes(folder: str, words: list[str]) -> None:
         write(images.with_suffix(".json"), json.dumps(dataset.coco | {"images": entries}))
 
 
-def result_of(run: Run) -> Result:
-    """What was measured, or the last line that a failed command wrote."""
-    if code := run.process.returncode:
-        lines = (run.folder / "log.txt").read_text(errors="replace").strip().splitlines()
-        return run.identity | {"error": lines[-1] if lines else f"exit code {code}"}
+def do(run: Run, lock: int, children: list[subprocess.Popen]) -> Result:
+    """One command after the other. Returns what was measured, or the last line that a failed
+    command wrote. The processes inherit the lock, which lasts until all who have it end."""
+    shutil.rmtree(run.folder, ignore_errors=True)
+    run.folder.mkdir(parents=True)
+    environment, ends = {"OMP_NUM_THREADS": "1"} | os.environ, [time.monotonic()]
+    for command in run.commands:
+        with open(run.folder / "log.txt", "a") as log:
+            options = dict(env=environment, pass_fds=[lock], stdout=log, stderr=log)
+            children.append(process := subprocess.Popen(command, **options))
+        if code := process.wait():
+            lines = (run.folder / "log.txt").read_text(errors="replace").strip().splitlines()
+            return run.identity | {"error": lines[-1] if lines else f"exit code {code}"}
+        ends.append(time.monotonic())
     shutil.rmtree(run.folder / "files", ignore_errors=True)
     lines = map(json.loads, (run.folder / "metrics.jsonl").read_text().splitlines())
     *_, tables = (line["evaluation"] for line in lines if "evaluation" in line)
     values = {f"mask_{k.lower()}": tables.get("segm", {}).get(k) for k in ("AP", "AP50", "AP75")}
     given = json.loads((run.folder / "given_boxes.json").read_text())["all"].get("masks", {})
-    values |= {"box_ap": tables["bbox"]["AP"], "minutes": run.minutes} | given
+    values |= {"box_ap": tables["bbox"]["AP"], "minutes": (ends[-2] - ends[-3]) / 60} | given
     return run.identity | dict.fromkeys(MEASURES) | values
 
 
@@ -203,40 +145,34 @@ def run_all(runs: list[Run], jobs: int, study: Path) -> None:
     except OSError:
         os.close(lock)
         raise errors.UserError(f"{study}: runs of this study are going on already") from None
-    results, running = read_results(study), []
+    results, children, futures, failed = read_results(study), [], {}, 0
     waiting = [run for run in runs if not is_finished(run.identity, results)]
-    started, total, failed = time.monotonic(), len(waiting), 0
+    started, pool = time.monotonic(), ThreadPoolExecutor(jobs)
+
+    def attempt(run: Run) -> Result:
+        if run.needs in futures and "error" in futures[run.needs].result():
+            return run.identity | {"error": f"{run.needs} failed, so there are no masks"}
+        return do(run, lock, children)
+
     try:
-        while waiting or running:
-            ready = [run for run in waiting if not run.needs or is_finished(run.needs, results)]
-            for run in ready[: jobs - len(running)]:
-                waiting.remove(run)
-                running.append(run)
-                shutil.rmtree(run.folder, ignore_errors=True)
-                run.folder.mkdir(parents=True)
-                run.start_next(lock)
-            if not running:
-                break  # the rest needs runs that failed
-            time.sleep(0.1)
-            for run in [run for run in running if run.process.poll() is not None]:
-                if run.commands and not run.process.returncode:
-                    run.start_next(lock)
-                    continue
-                running.remove(run)
-                results.append(result_of(run))
-                lines = [json.dumps(result) + "\n" for result in results]
-                write(study / "results.jsonl", "".join(lines))
-                failed += "error" in results[-1]
-                done = total - len(waiting) - len(running)
-                left = (time.monotonic() - started) / done * (total - done) / 60
-                print(f"{done} of {total}, {left:.0f} min left: {lines[-1]}", end="", flush=True)
+        for run in waiting:
+            futures[run.folder] = pool.submit(attempt, run)
+        for done, future in enumerate(as_completed(futures.values()), 1):
+            results.append(future.result())
+            lines = [json.dumps(result) + "\n" for result in results]
+            write(study / "results.jsonl", "".join(lines))
+            failed += "error" in results[-1]
+            left = (time.monotonic() - started) / done * (len(waiting) - done) / 60
+            print(f"{done} of {len(waiting)}, {left:.0f} min left: {lines[-1]}", end="", flush=True)
     finally:
-        for run in running:
-            run.process.kill()
-            run.process.wait()
+        pool.shutdown(wait=False, cancel_futures=True)
+        while any(future.running() for future in futures.values()):
+            for process in children:
+                process.kill()
+            time.sleep(0.1)
         os.close(lock)
-    if failed or waiting:
-        raise errors.UserError(f"{failed + len(waiting)} runs failed; start again to retry them")
+    if failed:
+        raise errors.UserError(f"{failed} runs failed; start again to retry them")
 
 
 # --- tables ---------------------------------------------------------------------------------------
