@@ -306,7 +306,13 @@ def evaluate(state: State, out: Path, val_set: CocoDataset, log: RunLog) -> dict
     started, cfg, model = time.perf_counter(), state.cfg, state.evaluated_model
     distributed.broadcast_buffers(model)  # the teacher has batch norm statistics of each rank
     tables, text = evaluate_dataset(
-        model, val_set, state.device, cfg.workers, cfg.max_detections, out / "results.json"
+        model,
+        val_set,
+        state.device,
+        cfg.workers,
+        cfg.max_detections,
+        out / "results.json",
+        cfg.metric,
     )
     if distributed.is_main():
         log.say(f"step {state.step}\n{text}")

@@ -102,6 +102,7 @@ class Config:
 
     # --- inference and evaluation -------------------------------------------
     max_detections: int = 100  # per image; also COCO's maxDets, which the headline AP honors
+    metric: Literal["coco", "voc", "cityscapes"] = "coco"  # whose rules give the table of AP
     eval_every: int = 0  # steps between evaluations; 0: at the end only
 
     # --- machine ------------------------------------------------------------
