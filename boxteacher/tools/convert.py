@@ -29,7 +29,11 @@ from boxteacher import errors
 from boxteacher.coco import EXIF_ORIENTATION, DataError, check_coco, explain
 from boxteacher.command_line import Parser
 from boxteacher.config import ConfigError
-from boxteacher.tools.formats import FORMATS, ImageSet
+from boxteacher.tools.formats import ImageSet, read_cityscapes, read_dsb, read_voc
+from boxteacher.tools.yolo import read_yolo
+
+FORMATS = {"voc": read_voc, "cityscapes": read_cityscapes, "yolo": read_yolo, "dsb": read_dsb}
+WITH_LISTS = ("voc", "dsb")  # the others have a folder for each set
 
 
 def make_coco(images: ImageSet, boxes_only: bool) -> tuple[dict[str, Any], Counter]:
@@ -90,17 +94,20 @@ def main() -> None:
     add("--boxes-only", action="store_true", help="leave masks out")
     add("--list", action="append", type=Path, default=[], metavar="FILE", help="names of images")
     args, _ = parser.read(sys.argv[1:])
-    if args.list and args.format not in ("voc", "dsb"):
+    lists = [args.list] if args.format in WITH_LISTS else []
+    if args.list and not lists:
         raise ConfigError(f"--list is for voc and dsb: the sets of {args.format} are its folders")
 
     written: dict[Path, str] = {}
     texts = []
-    for images in FORMATS[args.format](args.source, args.list):
+    for images in FORMATS[args.format](args.source, *lists):
         if not images.files:
             raise DataError(f"{args.source}: no images in set {images.name} ({images.folder})")
         coco, left_out = make_coco(images, args.boxes_only)
         kind = "instances" if any("segmentation" in a for a in coco["annotations"]) else "boxes"
         path = args.dest / f"{kind}_{images.name}.json"
+        if path in written:
+            raise DataError(f"{args.source}: two sets have the name {images.name}: rename one")
         check_coco(coco, str(path))
         written[path] = json.dumps(coco)
         texts.append(describe(path, images, coco, left_out))

@@ -1,7 +1,7 @@
-"""How Pascal VOC, Cityscapes, YOLO and the 2018 Data Science Bowl lay out images, boxes and masks.
+"""How Pascal VOC, Cityscapes and the 2018 Data Science Bowl lay out images, boxes and masks.
 
-Each reader takes the folder as it is distributed and the files given with --list. It returns the
-sets of images in it. A box is COCO's [x, y, width, height] in pixels, x and y from the corner.
+Each reader takes the folder as it is distributed, and files that list images. It returns the sets
+of images in it. A box is COCO's [x, y, width, height] in pixels, x and y from the corner.
 
 h, w pixels of an image
 """
@@ -9,9 +9,8 @@ h, w pixels of an image
 from __future__ import annotations
 
 import functools
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -49,17 +48,20 @@ def require(source: Path, what: str, parts: Sequence[str]) -> None:
         raise DataError(f"{source}: not {what}: expected {', '.join(parts)}, found {shown}")
 
 
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file that are not blank."""
+    with explain(str(path), "give a text file"):
+        return [line for line in path.read_text().splitlines() if line.strip()]
+
+
 def read_names(path: Path) -> list[str]:
     """The first word of each line, without folders and ending: lists of images come in many kinds
     (2007_000032, or /JPEGImages/2007_000032.jpg and the path of a mask after it)."""
-    with explain(str(path), "give a text file with the name of one image in each line"):
-        return [
-            Path(line.split()[0]).stem for line in path.read_text().splitlines() if line.strip()
-        ]
+    return [Path(line.split()[0]).stem for line in read_lines(path)]
 
 
 def read_map(path: Path, size: tuple[int, int]) -> np.ndarray:
-    """A picture of numbers, one for each pixel [h, w], column after column in memory (as in RLE)."""
+    """A picture of numbers, one for each pixel [h, w]. In memory column follows column, as RLE."""
     with explain(str(path), "replace it"), Image.open(path) as image:
         numbers = np.asfortranarray(image)
     if numbers.shape != size:
@@ -69,7 +71,7 @@ def read_map(path: Path, size: tuple[int, int]) -> np.ndarray:
 
 def mask_object(category_id: int, mask: np.ndarray) -> dict[str, Any]:
     """A mask bool [h, w] with its tight box."""
-    (code,) = encode_masks([mask])
+    (code,) = encode_masks(mask[None])
     box = [int(side) for side in rle_codec.toBbox(code)]
     return {"category_id": category_id, "bbox": box, "segmentation": code}
 
@@ -112,6 +114,8 @@ def read_voc_image(
             x1, y1, x2, y2 = map(float, corners)
             category_id = VOC_CLASSES.index(element.findtext("name")) + 1
             box = [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1]
+            if min(box[2:]) <= 0:
+                raise ValueError(f"an object without width or height: {corners}")
             objects.append({"category_id": category_id, "bbox": box})
     if not with_masks:
         return objects, {}
@@ -144,7 +148,7 @@ CITYSCAPES = {  # the classes with instances that are evaluated
 CITYSCAPES_VOID = (0, 1, 2, 3, 4, 5, 6, 9, 10, 14, 15, 16, 18, 29, 30)
 
 
-def read_cityscapes(source: Path, lists: Sequence[Path]) -> list[ImageSet]:
+def read_cityscapes(source: Path) -> list[ImageSet]:
     """The sets train and val: the annotations of test are empty."""
     names = [f"{top}/{name}" for top in ("leftImg8bit", "gtFine") for name in ("train", "val")]
     require(source, "Cityscapes", names)
@@ -169,87 +173,8 @@ def read_cityscapes_image(
         category_id = n // 1000 or n
         if category_id in CITYSCAPES:
             objects.append(mask_object(category_id, numbers == n) | {"iscrowd": int(n < 1000)})
-    (void,) = encode_masks([np.isin(numbers, CITYSCAPES_VOID)])
+    (void,) = encode_masks(np.isin(numbers, CITYSCAPES_VOID)[None])
     return objects, {"void": void}
-
-
-# --- YOLO -----------------------------------------------------------------------------------------
-
-IMAGE_ENDINGS = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-
-
-def read_yolo(source: Path, lists: Sequence[Path]) -> list[ImageSet]:
-    """A set for each folder of images: images/SET or SET/images, with labels next to it."""
-    require(source, "a YOLO data set", ["."])
-    classes, folders = read_class_names(source), {}
-    for path in sorted(source.rglob("*")):
-        parts = path.relative_to(source).parts[:-1]
-        if "images" in parts and path.suffix.lower() in IMAGE_ENDINGS:
-            folders.setdefault(parts, []).append(path)
-    if not folders:
-        require(source, "a YOLO data set", ["images/SET or SET/images with images in it"])
-    sets = []
-    for parts, files in folders.items():
-        labels = Path(source, *("labels" if part == "images" else part for part in parts))
-        require(source, "a YOLO data set", [str(labels.relative_to(source))])
-        name = "_".join(part for part in parts if part != "images") or "all"
-        read = functools.partial(read_yolo_image, labels, classes)
-        sets.append(ImageSet(name, Path(source, *parts), classes, files, read))
-    return sets
-
-
-def read_class_names(source: Path) -> dict[int, str]:
-    """{number: name} from "names" in a YAML file ([a, b], lines of - a, or of 0: a), else from a
-    file with one name in each line."""
-    for path in sorted([*source.glob("*.yaml"), *source.glob("*.yml")]):
-        text = re.sub(r"(?m)#.*$", "", path.read_text())
-        if found := re.search(r"(?ms)^names:(.*?)(?=^[^\s\-\]}]|\Z)", text):
-            entries = re.split(r"[,\n]", found[1].strip().strip("[]{}"))
-            return number_names(entries)
-    for path in sorted([*source.glob("classes.txt"), *source.glob("*.names")]):
-        return number_names(path.read_text().splitlines())
-    require(source, "a YOLO data set", ["a YAML file with names, classes.txt or a .names file"])
-    return {}
-
-
-def number_names(entries: Iterable[str]) -> dict[int, str]:
-    names: dict[int, str] = {}
-    for entry in filter(None, map(str.strip, entries)):
-        number, name = re.fullmatch(r"(?:-\s+|(\d+)\s*:\s*)?(.*)", entry).groups()
-        names[int(number or len(names))] = name.strip("\"' ")
-    return names
-
-
-def read_yolo_image(
-    labels: Path, classes: dict[int, str], path: Path, size: tuple[int, int], left_out: Counter
-) -> tuple[Objects, dict[str, Any]]:
-    """One object in each line: class, then center x, center y, width and height of its box, or the
-    x and y of the three or more points of its outline. All are shares of the image's sides. An
-    image without a file has no objects."""
-    file, objects, (height, width) = labels / f"{path.stem}.txt", [], size
-    lines = file.read_text().splitlines() if file.is_file() else []
-    for n, line in enumerate(lines, start=1):
-        where = f"{file}, line {n}"
-        with explain(where, "write class and numbers with spaces between them"):
-            number, *shares = map(float, line.split())
-        if number not in classes:
-            raise DataError(f"{where}: class {number:g} has no name; there are {len(classes)}")
-        if len(shares) < 4 or len(shares) % 2 or not all(-0.01 <= s <= 1.01 for s in shares):
-            raise DataError(
-                f"{where}: expected a box (4 numbers from 0 to 1) or points (6 or more, an even"
-                f" number of them), found {line[:60]!r}"
-            )
-        if len(shares) == 4:
-            (x, y), half = shares[:2], np.array(shares[2:]) / 2
-            shares = [x - half[0], y - half[1], x + half[0], y + half[1]]
-        points = np.clip(np.reshape(shares, (-1, 2)), 0, 1) * (width, height)
-        x1, y1, x2, y2 = [*points.min(0).tolist(), *points.max(0).tolist()]
-        if x2 <= x1 or y2 <= y1:
-            raise DataError(f"{where}: an object without width or height; remove it")
-        found = {"category_id": int(number), "bbox": [x1, y1, x2 - x1, y2 - y1]}
-        is_box = len(points) == 2
-        objects.append(found | ({} if is_box else {"segmentation": [points.ravel().tolist()]}))
-    return objects, {}
 
 
 # --- the 2018 Data Science Bowl -------------------------------------------------------------------
@@ -281,6 +206,3 @@ def read_dsb_image(
         else:
             left_out["empty masks"] += 1
     return objects, {}
-
-
-FORMATS = {"voc": read_voc, "cityscapes": read_cityscapes, "yolo": read_yolo, "dsb": read_dsb}
