@@ -73,9 +73,7 @@ def main() -> None:
     out = Path(given.get("out") or path.parent)
     out.mkdir(parents=True, exist_ok=True)
     results = out / f"{path.stem}_{who}_results.json"
-    _, text = evaluate_dataset(
-        model, val_set, device, cfg.workers, cfg.max_detections, results, cfg.metric
-    )
+    _, text = evaluate_dataset(model, val_set, device, cfg, results)
     if distributed.is_main():
         print(f"{path}: {who}, step {state['step']}, {val_set.name}\n{text}\n{results}")
     distributed.shutdown()

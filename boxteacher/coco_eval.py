@@ -27,6 +27,7 @@ from tqdm import tqdm
 from . import distributed
 from .cityscapes_eval import cityscapes_table
 from .coco import run_lengths
+from .config import Config
 from .data import CocoDataset, make_test_loader
 from .errors import UserError
 from .model import CondInst, Instances
@@ -337,28 +338,27 @@ def evaluate_dataset(
     model: CondInst,
     dataset: CocoDataset,
     device: torch.device,
-    workers: int,
-    max_dets: int,
+    cfg: Config,
     results_path: Path,
-    metric: Literal["coco", "voc", "cityscapes"],
 ) -> tuple[dict[str, dict[str, Any]], str]:
     """Predict, write the COCO results as JSON, and measure. Returns `evaluate_coco`'s tables and
     their text on rank 0, nothing elsewhere. The tables also go to a file next to the results, which
     has "tables" in its name instead. If the ground truth lacks masks, boxes alone count.
     """
-    results = predict_dataset(model, dataset, device, workers)
+    results = predict_dataset(model, dataset, device, cfg.workers)
     if results is None:
         return {}, ""
     results_path.write_text(json.dumps(results))
 
     # Masks and boxes if the ground truth has both, else boxes.
-    remark = ""
+    metric, name, remark = cfg.metric, dataset.name, ""
+    limit = cfg.max_detections
     try:
-        tables = evaluate_coco(dataset.coco, results, max_dets, name=dataset.name, metric=metric)
+        tables = evaluate_coco(dataset.coco, results, limit, name=name, metric=metric)
     except NoMasksError as error:
         remark = f"{error}. Boxes alone:\n"
         metric = "coco" if metric == "cityscapes" else metric
-        tables = evaluate_coco(dataset.coco, results, max_dets, ["bbox"], dataset.name, metric)
+        tables = evaluate_coco(dataset.coco, results, limit, ["bbox"], name, metric)
     tables_path = results_path.with_name(results_path.name.replace("results", "tables"))
     tables_path.write_text(json.dumps({"metric": metric} | tables, indent=2) + "\n")
     return tables, remark + format_table(tables)

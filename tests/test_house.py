@@ -57,7 +57,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "cityscapes_eval": ({"numpy", "pycocotools"}, set()),
     "coco_eval": (
         {"torch", "numpy", "pycocotools", "tqdm"},
-        {"cityscapes_eval", "coco", "data", "distributed", "errors", "model"},
+        {"cityscapes_eval", "coco", "config", "data", "distributed", "errors", "model"},
     ),
     "guard": ({"torch"}, {"distributed", "errors"}),
     "visualize": ({"torch", "numpy", "PIL"}, set()),

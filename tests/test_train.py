@@ -35,7 +35,8 @@ TINY = """--norm gn --mask-norm gn --shapes-size 64 --shapes-train 16 --shapes-v
     --train-sizes 64 --train-max-size 64 --test-size 64 --test-max-size 64 --teacher-size 0
     --batch-size 4 --steps 2 --log-every 1""".split()
 TINY = ["shapes", *NETWORK, *TINY]
-FILES = {"config.json", "contact_sheet.png", "last.pt", "metrics.jsonl", "results.json"}
+EVALUATION = {"results.json", "tables.json"}
+FILES = {"config.json", "contact_sheet.png", "last.pt", "metrics.jsonl"} | EVALUATION
 
 
 @dataclasses.dataclass
@@ -131,7 +132,7 @@ def finished(tmp_path_factory, seeing_checkpoint):
 def test_a_run_leaves_its_files_and_says_where_they_are(finished):
     ended, folder = finished
     assert {path.name for path in folder.iterdir()} == FILES
-    last_lines = ended.out.splitlines()[-7:]
+    last_lines = ended.out.splitlines()[-8:]
     for name in FILES:
         assert any(str(folder / name) in line for line in last_lines), name
     assert "learned from boxes alone" in ended.out
@@ -188,6 +189,40 @@ def test_the_contact_sheet_is_a_picture_of_four_columns(finished):
     assert sheet.height > 3 * 300  # one row for each of three images
     tiles = np.array_split(np.asarray(sheet.convert("RGB")), 4, axis=1)
     assert all(tile.std() > 20 for tile in tiles)
+
+
+def test_the_tables_of_the_last_evaluation_are_a_file_too(finished):
+    tables = json.loads((finished[1] / "tables.json").read_text())
+    assert tables.pop("metric") == "coco"
+    logged = metrics(finished[1])[-1]["evaluation"]
+    assert tables == logged
+
+
+def test_epochs_count_the_images_and_resume_goes_on_exactly(tmp_path):
+    """Two epochs of 16 images in steps of 4, stopped after the first."""
+    words = [*TINY[: TINY.index("--steps")], "--log-every", 1, "--mode", "boxinst"]
+    words += ["--metric", "voc", "--checkpoint-every", 4]
+    whole = train(*words, "--epochs", 2, "--out", tmp_path / "whole")
+    assert whole.code == 0, whole.err
+    assert "boxinst: 16 images, 8 steps, learning rate 0.001, to" in whole.out
+    assert json.loads((tmp_path / "whole/config.json").read_text())["steps"] == 8
+    columns = ["AP", "AP25", "AP50", "AP70", "AP75", "per_class"]
+    assert list(json.loads((tmp_path / "whole/tables.json").read_text())["segm"]) == columns
+
+    out = ("--out", tmp_path / "out")
+    stopped = start(*words, "--epochs", 2, *out)
+    while stopped.poll() is None and not (tmp_path / "out/last.pt").exists():
+        time.sleep(0.02)
+    stopped.kill()
+    stopped.communicate()
+    reached = load_checkpoint(tmp_path / "out/last.pt")["step"]
+    if reached < 8:
+        resumed = train(*words, "--epochs", 2, *out, "--resume")
+        assert resumed.code == 0, resumed.err
+    first, second = (load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "out"))
+    assert first["step"] == second["step"] == 8
+    assert_close(second["student"], first["student"], rtol=0, atol=0)
+    assert steps_of(tmp_path / "out") == steps_of(tmp_path / "whole")
 
 
 def test_results_are_cocos(finished):
@@ -389,7 +424,7 @@ def test_a_run_without_a_validation_set_says_so_and_evaluates_nothing(files, tmp
     assert "warning: val_json is empty: without a validation set" in ended.err
     assert "AP" not in ended.out
     assert [m["step"] for m in metrics(tmp_path / "out")] == [1, 2]
-    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES - {"results.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES - EVALUATION
     # The sheet shows the training images at test size, never flipped or cropped.
     model, _ = load_model(tmp_path / "out/last.pt")
     cfg = dataclasses.replace(model.cfg, val_json=files[1][1], val_images=files[1][3])
