@@ -8,6 +8,7 @@ import os
 import re
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -270,6 +271,27 @@ def test_two_processes_do_what_one_does_with_the_same_global_batch(
     first, second = (load_checkpoint(tmp_path / name / "last.pt") for name in ("one", "two"))
     for who in ("student",) if mode == "condinst" else ("student", "teacher"):
         assert_close(second[who], first[who], rtol=1e-3, atol=1e-5)
+
+
+def test_two_machines_meet_and_rank_0_alone_writes(tmp_path):
+    """torchrun's rendezvous, as in README, with one process on each of two "machines". They share
+    no folder, and each makes the data on its own."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    launcher = "-m torch.distributed.run --nnodes=2 --nproc_per_node=1 --rdzv_backend=c10d".split()
+    launcher += [f"--rdzv_endpoint=localhost:{port}", "--rdzv_id=7", "--local_addr=localhost"]
+    machines = [tmp_path / "first", tmp_path / "second"]
+    words = [*TINY, "--mode", "boxinst", "--out", "out"]
+    for machine in machines:
+        machine.mkdir()
+    runs = [start(*words, launcher=launcher, cwd=machine) for machine in machines]
+    ended = [run.communicate(timeout=300) for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], ended
+    wrote = [{path.name for path in machine.glob("out/*")} for machine in machines]
+    assert sorted(wrote, key=len) == [set(), FILES]
+    assert "".join(out for out, _ in ended).count("learned from") == 1
+    assert [m["step"] for m in metrics(machines[wrote.index(FILES)] / "out")] == [1, 2, 2]
 
 
 def test_a_run_without_a_terminal_says_how_far_it_is(tmp_path, monkeypatch):
