@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from boxteacher import distributed, errors
 from boxteacher.checkpoint import CheckpointError, load_checkpoint, load_weights, save_checkpoint
 from boxteacher.coco import DataError
-from boxteacher.coco_eval import NoMasksError, evaluate_dataset, require_masks
+from boxteacher.coco_eval import NoMasksError, evaluate_dataset, require_masks, require_void
 from boxteacher.command_line import parse
 from boxteacher.config import Config, ConfigError, scaled_lr, to_json, warnings
 from boxteacher.data import Batch, CocoDataset, make_train_loader, make_train_set, make_val_set
@@ -352,6 +352,8 @@ def main() -> None:
         val_set = make_val_set(cfg)
     if val_set is not None and train_set.categories != val_set.categories:
         raise DataError(f"{val_set.name}: its categories are not those of {train_set.name}")
+    if val_set is not None and cfg.metric == "cityscapes":
+        require_void(val_set.coco, val_set.name)
 
     distributed.barrier()  # all ranks have chosen a folder before rank 0 creates it
     if distributed.is_main():

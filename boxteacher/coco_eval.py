@@ -107,6 +107,18 @@ def require_masks(coco: dict[str, Any], name: str = "the ground truth") -> None:
         )
 
 
+def require_void(coco: dict[str, Any], name: str = "the ground truth") -> None:
+    """Raise EvaluationError unless every image has the region that Cityscapes ignores."""
+    for image in coco["images"]:
+        where = f"{name}: image id {image['id']}"
+        if not image.get("void"):
+            raise EvaluationError(
+                f"{where} has no field 'void', the region that Cityscapes ignores: make the file"
+                " with python -m boxteacher.tools.convert cityscapes, or use --metric coco"
+            )
+        _check_code(image["void"], (image["height"], image["width"]), f"{where}: void")
+
+
 def evaluate_coco(
     coco: dict[str, Any],
     results: list[dict[str, Any]],
@@ -141,7 +153,7 @@ def evaluate_coco(
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports every step
         truth = _ground_truth(coco, name)
         if metric == "cityscapes":
-            _check_void(coco, name)
+            require_void(coco, name)
             return {"segm": cityscapes_table(truth, results)}
         for iou_type in iou_types:
             # Given boxes and masks, loadRes would take the boxes' areas for the masks'.
@@ -273,17 +285,6 @@ def _check_results(
             _check_code(result["segmentation"], sizes[image_id], f"results[{i}]")
 
 
-def _check_void(coco: dict[str, Any], name: str) -> None:
-    for image in coco["images"]:
-        where = f"{name}: image id {image['id']}"
-        if not image.get("void"):
-            raise EvaluationError(
-                f"{where} has no field 'void', the region that Cityscapes ignores: make the file"
-                " with python -m boxteacher.tools.convert cityscapes, or use --metric coco"
-            )
-        _check_code(image["void"], (image["height"], image["width"]), f"{where}: void")
-
-
 def _check_code(code: dict[str, Any], size: tuple[int, int], where: str) -> None:
     """pycocotools gives masks of another size an IoU of -1, so that AP would just be low. It never
     returns from runs that do not fill their image."""
@@ -345,6 +346,8 @@ def evaluate_dataset(
     their text on rank 0, nothing elsewhere. The tables also go to a file next to the results, which
     has "tables" in its name instead. If the ground truth lacks masks, boxes alone count.
     """
+    if cfg.metric == "cityscapes":
+        require_void(dataset.coco, dataset.name)
     results = predict_dataset(model, dataset, device, cfg.workers)
     if results is None:
         return {}, ""

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from cityscapesscripts.evaluation import evalInstanceLevelSemanticLabeling as script  # noqa: N813
 from PIL import Image
 from test_convert import cityscapes_image
 
@@ -77,10 +78,6 @@ def make_files(folder, scenes):
 def by_the_script(folder, scenes, monkeypatch):
     """What cityscapesscripts makes of the same files."""
     monkeypatch.setattr(np, "in1d", np.isin, raising=False)  # gone from numpy 2.4
-    script = pytest.importorskip(
-        "cityscapesscripts.evaluation.evalInstanceLevelSemanticLabeling",
-        reason="cityscapesscripts is not installed (tests/requirements.txt)",
-    )
     predictions, truths = [], []
     for n, (_, found) in enumerate(scenes):
         lines = []
