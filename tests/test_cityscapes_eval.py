@@ -7,6 +7,7 @@ import pytest
 from cityscapesscripts.evaluation import evalInstanceLevelSemanticLabeling as script  # noqa: N813
 from PIL import Image
 from test_convert import cityscapes_image
+from test_train import NETWORK, train
 
 from boxteacher.coco_eval import (
     EvaluationError,
@@ -113,6 +114,28 @@ def test_equal_to_the_published_script(seed, tmp_path, monkeypatch, capsys):
                 assert table[ours][name] is None
             else:
                 assert table[ours][name] == pytest.approx(100 * values[key], abs=1e-6)
+
+
+def test_from_the_download_to_the_table(tmp_path, monkeypatch):
+    """Convert for training and for evaluation, then the preset, with a small network."""
+    root, folder = tmp_path / "data/cityscapes", str(tmp_path / "data/cityscapes")
+    for split, seed in (("train", 1), ("val", 2)):
+        for n in range(4):
+            numbers, _ = random_scene(np.random.default_rng((seed, n)))
+            cityscapes_image(root, split, "bonn", f"{n:03}", numbers)
+    for more in ([], ["--boxes-only"]):
+        monkeypatch.setattr("sys.argv", ["convert", "cityscapes", folder, folder, *more])
+        convert.main()
+    monkeypatch.chdir(tmp_path)
+    small = "--backbone resnet10_half --no-pretrained --norm bn --freeze-at 0 --steps 2".split()
+    sizes = "--train-sizes 80,96 --train-max-size 192 --test-size 80 --test-max-size 192".split()
+    words = [*NETWORK, *small, *sizes, "--teacher-size", "80", "--batch-size", "2"]
+    ended = train("cityscapes_boxteacher_r50", *words)
+    assert ended.code == 0, ended.err
+    tables = json.loads((tmp_path / "runs/cityscapes_boxteacher_r50/tables.json").read_text())
+    assert tables["metric"] == "cityscapes"
+    assert tables["segm"]["AP"] is not None
+    assert set(tables["segm"]["per_class_AP50"]) == set(CITYSCAPES.values())
 
 
 # --- rule by rule ---------------------------------------------------------------------------------
