@@ -3,8 +3,9 @@
     python evaluate.py --checkpoint runs/shapes/last.pt
     python evaluate.py --published boxteacher_r50_1x.pth --preset coco_boxteacher_r50_1x
 
-The teacher is evaluated where there is one, else the student. Its predictions are written in COCO's
-format next to the checkpoint, or into the folder --out. The program runs under torchrun too.
+The teacher is evaluated where there is one, else the student. Its predictions, in COCO's format,
+and the tables are written next to the checkpoint, or into the folder --out. --metric chooses whose
+rules count: COCO's, VOC's or Cityscapes'. The program runs under torchrun too.
 
 Every field of the configuration is an option (`python train.py --help` shows them). It replaces the
 checkpoint's value: --val-json and --val-images evaluate on other data. A published checkpoint takes
@@ -73,7 +74,7 @@ def main() -> None:
     out = Path(given.get("out") or path.parent)
     out.mkdir(parents=True, exist_ok=True)
     results = out / f"{path.stem}_{who}_results.json"
-    _, text = evaluate_dataset(model, val_set, device, cfg.workers, cfg.max_detections, results)
+    _, text = evaluate_dataset(model, val_set, device, cfg, results)
     if distributed.is_main():
         print(f"{path}: {who}, step {state['step']}, {val_set.name}\n{text}\n{results}")
     distributed.shutdown()

@@ -21,9 +21,9 @@ from torch.nn.parallel import DistributedDataParallel
 from boxteacher import distributed, errors
 from boxteacher.checkpoint import CheckpointError, load_checkpoint, load_weights, save_checkpoint
 from boxteacher.coco import DataError
-from boxteacher.coco_eval import NoMasksError, evaluate_dataset, require_masks
+from boxteacher.coco_eval import NoMasksError, evaluate_dataset, require_masks, require_void
 from boxteacher.command_line import parse
-from boxteacher.config import LR_IMAGES, Config, ConfigError, to_json, warnings
+from boxteacher.config import Config, ConfigError, scaled_lr, to_json, warnings
 from boxteacher.data import Batch, CocoDataset, make_train_loader, make_train_set, make_val_set
 from boxteacher.ema import ema_momentum, update_teacher
 from boxteacher.guard import DivergedError, FiniteGuard
@@ -36,9 +36,7 @@ from boxteacher.transforms import augment
 
 
 def learning_rate(cfg: Config, step: int) -> float:
-    """`cfg.lr` is for 16 images. SGD scales it linearly with the batch size."""
-    scale = cfg.batch_size / LR_IMAGES if cfg.optimizer == "sgd" else 1.0
-    return cfg.lr * scale * lr_factor(cfg, step)
+    return scaled_lr(cfg) * lr_factor(cfg, step)
 
 
 def lr_factor(cfg: Config, step: int) -> float:
@@ -305,9 +303,7 @@ def evaluate(state: State, out: Path, val_set: CocoDataset, log: RunLog) -> dict
     """AP on the validation set. Rank 0 writes results.json and a line of metrics.jsonl."""
     started, cfg, model = time.perf_counter(), state.cfg, state.evaluated_model
     distributed.broadcast_buffers(model)  # the teacher has batch norm statistics of each rank
-    tables, text = evaluate_dataset(
-        model, val_set, state.device, cfg.workers, cfg.max_detections, out / "results.json"
-    )
+    tables, text = evaluate_dataset(model, val_set, state.device, cfg, out / "results.json")
     if distributed.is_main():
         log.say(f"step {state.step}\n{text}")
         log.evaluation(state.step, tables, time.perf_counter() - started)
@@ -350,10 +346,14 @@ def main() -> None:
         )
     out = make_run_folder(cfg)
     train_set, val_set = make_train_set(cfg), None  # nothing is written if they fail
+    if cfg.epochs:  # now that the number of images is known
+        cfg = resolve_auto(parse(sys.argv[1:], len(train_set)), device)
     if cfg.val_json:
         val_set = make_val_set(cfg)
     if val_set is not None and train_set.categories != val_set.categories:
         raise DataError(f"{val_set.name}: its categories are not those of {train_set.name}")
+    if val_set is not None and cfg.metric == "cityscapes":
+        require_void(val_set.coco, val_set.name)
 
     distributed.barrier()  # all ranks have chosen a folder before rank 0 creates it
     if distributed.is_main():
@@ -372,7 +372,8 @@ def main() -> None:
         except OSError as error:
             raise ConfigError(f"out: cannot write to {out} ({error.strerror})") from None
 
-        print(f"{cfg.mode}: {len(train_set)} images, {cfg.steps} steps, to {out}", flush=True)
+        length = f"{len(train_set)} images, {cfg.steps} steps, learning rate {scaled_lr(cfg):g}"
+        print(f"{cfg.mode}: {length}, to {out}", flush=True)
     tables = train(cfg, out, device, train_set, val_set)
     if distributed.is_main():
         print(final_summary(cfg, out, tables, (time.perf_counter() - started) / 60))

@@ -1,4 +1,5 @@
-"""Predictions -> COCO results -> tables of average precision (AP), as pycocotools counts it.
+"""Predictions -> COCO results -> tables of average precision (AP) by the rules of COCO (counted by
+pycocotools), Pascal VOC or Cityscapes.
 
 D detections · h, w pixels of an image. COCO results are a flat list of dicts, ready for JSON: one
 for each detection, with image_id, category_id, bbox (x, y, width, height), score and segmentation
@@ -24,12 +25,31 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import distributed
+from .cityscapes_eval import cityscapes_table
 from .coco import run_lengths
+from .config import Config
 from .data import CocoDataset, make_test_loader
 from .errors import UserError
 from .model import CondInst, Instances
 
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+# The columns of a table: lowest and highest IoU threshold, and COCO's range of areas (0: all)
+COLUMNS = {
+    "coco": {
+        "AP": (0.5, 0.95, 0),
+        "AP50": (0.5, 0.5, 0),
+        "AP75": (0.75, 0.75, 0),
+        "APs": (0.5, 0.95, 1),
+        "APm": (0.5, 0.95, 2),
+        "APl": (0.5, 0.95, 3),
+    },
+    "voc": {
+        "AP": (0.5, 0.95, 0),
+        "AP25": (0.25, 0.25, 0),
+        "AP50": (0.5, 0.5, 0),
+        "AP70": (0.7, 0.7, 0),
+        "AP75": (0.75, 0.75, 0),
+    },
+}
 
 
 class EvaluationError(UserError):
@@ -87,22 +107,36 @@ def require_masks(coco: dict[str, Any], name: str = "the ground truth") -> None:
         )
 
 
+def require_void(coco: dict[str, Any], name: str = "the ground truth") -> None:
+    """Raise EvaluationError unless every image has the region that Cityscapes ignores."""
+    for image in coco["images"]:
+        where = f"{name}: image id {image['id']}"
+        if not image.get("void"):
+            raise EvaluationError(
+                f"{where} has no field 'void', the region that Cityscapes ignores: make the file"
+                " with python -m boxteacher.tools.convert cityscapes, or use --metric coco"
+            )
+        _check_code(image["void"], (image["height"], image["width"]), f"{where}: void")
+
+
 def evaluate_coco(
     coco: dict[str, Any],
     results: list[dict[str, Any]],
     max_dets: int,
     iou_types: Sequence[Literal["bbox", "segm"]] = ("bbox", "segm"),
     name: str = "the ground truth",
+    metric: Literal["coco", "voc", "cityscapes"] = "coco",
 ) -> dict[str, dict[str, Any]]:
-    """COCO's average precision of boxes and masks, with a limit of `max_dets` detections per image.
+    """Average precision of boxes and masks, with a limit of `max_dets` detections per image.
 
         AP = mean over IoU 0.50, 0.55 .. 0.95 and classes of the 101-point interpolated precision
 
-    Returns {iou type: {"AP", "AP50", "AP75", "APs", "APm", "APl", "per_class": {class name: AP}}},
-    0..100, or None where the ground truth has no such object. Small, medium, large: areas below
-    32^2, up to 96^2, above, in original pixels. The limit counts per image *and class*, as in
-    pycocotools. An annotation without "area" gets its mask's area (its box's, if it has no mask).
-    The arguments are not changed.
+    Returns {iou type: {column: AP, "per_class": {class name: AP}}}, 0..100, or None where the
+    ground truth has no such object. COLUMNS has the columns of COCO and VOC, which differ in
+    nothing else. `cityscapes_table` has Cityscapes' rules, for "segm" alone and without the limit.
+    Small, medium, large: areas below 32^2, up to 96^2, above, in original pixels. The limit counts
+    per image *and class*, as in pycocotools. An annotation without "area" gets its mask's area (its
+    box's, if it has no mask). The arguments are not changed.
 
     Raises NoMasksError for "segm" without true masks. Raises EvaluationError for an unknown image
     or category, a missing predicted mask, or a mask that does not fit its image. Messages call the
@@ -118,6 +152,9 @@ def evaluate_coco(
     tables = {}
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports every step
         truth = _ground_truth(coco, name)
+        if metric == "cityscapes":
+            require_void(coco, name)
+            return {"segm": cityscapes_table(truth, results)}
         for iou_type in iou_types:
             # Given boxes and masks, loadRes would take the boxes' areas for the masks'.
             shape = {"bbox": "bbox", "segm": "segmentation"}[iou_type]
@@ -127,22 +164,20 @@ def evaluate_coco(
 
             evaluation = COCOeval(truth, detections, iou_type)
             evaluation.params.maxDets = [max_dets]
+            if metric == "voc":
+                evaluation.params.iouThrs = np.append(0.25, evaluation.params.iouThrs)
             evaluation.evaluate()
             evaluation.accumulate()
 
-            # precision [10 IoU thresholds, 101 recalls, classes, 4 area ranges]; -1: no such object
-            precision = evaluation.eval["precision"][..., 0]
-            tables[iou_type] = {
-                "AP": _percent(precision[..., 0]),
-                "AP50": _percent(precision[0, ..., 0]),
-                "AP75": _percent(precision[5, ..., 0]),
-                "APs": _percent(precision[..., 1]),
-                "APm": _percent(precision[..., 2]),
-                "APl": _percent(precision[..., 3]),
-                "per_class": {
-                    class_names[category_id]: _percent(precision[:, :, k, 0])
-                    for k, category_id in enumerate(evaluation.params.catIds)
-                },
+            # precision [IoU thresholds, 101 recalls, classes, 4 area ranges]; -1: no such object
+            precision, thresholds = evaluation.eval["precision"][..., 0], evaluation.params.iouThrs
+            tables[iou_type] = table = {}
+            for column, (low, high, area) in COLUMNS[metric].items():
+                chosen = (thresholds > low - 1e-9) & (thresholds < high + 1e-9)
+                table[column] = _percent(precision[chosen, ..., area])
+            table["per_class"] = {
+                class_names[category_id]: _percent(precision[thresholds > 0.5 - 1e-9, :, k, 0])
+                for k, category_id in enumerate(evaluation.params.catIds)
             }
     return tables
 
@@ -150,20 +185,29 @@ def evaluate_coco(
 def format_table(result: dict[str, dict[str, Any]]) -> str:
     """`evaluate_coco`'s tables as text: one line for boxes, one for masks, one per class."""
     # All classes together.
-    titles = {"bbox": "box", "segm": "mask"}
-    lines = [" " * 4 + "".join(f"{metric:>7}" for metric in METRICS)]
+    titles, per_class = {"bbox": "box", "segm": "mask"}, ("per_class", "per_class_AP50")
+    columns = [key for key in next(iter(result.values()), {}) if key not in per_class]
+    lines = [" " * 4 + "".join(f"{column:>7}" for column in columns)]
     for iou_type, table in result.items():
-        cells = "".join(f"{_cell(table[metric]):>7}" for metric in METRICS)
+        cells = "".join(f"{_cell(table[column]):>7}" for column in columns)
         lines.append(f"{titles[iou_type]:<4}{cells}")
 
     # The classes, if there are several.
-    class_names = list(next(iter(result.values()))["per_class"]) if result else []
+    shown = {
+        f"{titles[iou_type]} {key.removeprefix('per_class_').replace('per_class', 'AP')}": table[
+            key
+        ]
+        for iou_type, table in result.items()
+        for key in per_class
+        if key in table
+    }
+    class_names = list(next(iter(shown.values()), {}))
     if len(class_names) > 1:
         width = max(len(class_name) for class_name in [*class_names, "class"])
-        lines += ["", f"{'class':<{width}}" + "".join(f"{titles[t] + ' AP':>9}" for t in result)]
+        lines += ["", f"{'class':<{width}}" + "".join(f"{title:>11}" for title in shown)]
         for class_name in class_names:
-            cells = [_cell(table["per_class"][class_name]) for table in result.values()]
-            lines.append(f"{class_name:<{width}}" + "".join(f"{cell:>9}" for cell in cells))
+            cells = "".join(f"{_cell(values[class_name]):>11}" for values in shown.values())
+            lines.append(f"{class_name:<{width}}{cells}")
     return "\n".join(lines)
 
 
@@ -295,23 +339,29 @@ def evaluate_dataset(
     model: CondInst,
     dataset: CocoDataset,
     device: torch.device,
-    workers: int,
-    max_dets: int,
+    cfg: Config,
     results_path: Path,
 ) -> tuple[dict[str, dict[str, Any]], str]:
     """Predict, write the COCO results as JSON, and measure. Returns `evaluate_coco`'s tables and
-    their text on rank 0, nothing elsewhere. If the ground truth lacks masks, boxes alone count.
+    their text on rank 0, nothing elsewhere. The tables also go to a file next to the results, which
+    has "tables" in its name instead. If the ground truth lacks masks, boxes alone count.
     """
-    results = predict_dataset(model, dataset, device, workers)
+    if cfg.metric == "cityscapes":
+        require_void(dataset.coco, dataset.name)
+    results = predict_dataset(model, dataset, device, cfg.workers)
     if results is None:
         return {}, ""
     results_path.write_text(json.dumps(results))
 
     # Masks and boxes if the ground truth has both, else boxes.
-    remark = ""
+    metric, name, remark = cfg.metric, dataset.name, ""
+    limit = cfg.max_detections
     try:
-        tables = evaluate_coco(dataset.coco, results, max_dets, name=dataset.name)
+        tables = evaluate_coco(dataset.coco, results, limit, name=name, metric=metric)
     except NoMasksError as error:
         remark = f"{error}. Boxes alone:\n"
-        tables = evaluate_coco(dataset.coco, results, max_dets, ["bbox"], dataset.name)
+        metric = "coco" if metric == "cityscapes" else metric
+        tables = evaluate_coco(dataset.coco, results, limit, ["bbox"], name, metric)
+    tables_path = results_path.with_name(results_path.name.replace("results", "tables"))
+    tables_path.write_text(json.dumps({"metric": metric} | tables, indent=2) + "\n")
     return tables, remark + format_table(tables)

@@ -20,13 +20,14 @@ from .config import FIELDS, Config, ConfigError, as_word, from_word, nearest
 from .presets import PRESETS, from_preset
 
 
-def parse(argv: Sequence[str]) -> Config:
-    """The command line of train.py. --help and --list print and exit."""
+def parse(argv: Sequence[str], images: int = 0) -> Config:
+    """The command line of train.py, for so many training images (0: not known, see `from_preset`).
+    --help and --list print and exit."""
     preset, words = split_preset(argv, default="shapes")
     text = f"Train BoxTeacher, BoxInst or CondInst. The values below are those of preset {preset}."
     parser = Parser("train.py [PRESET] [--field value ...]", text, from_preset(preset))
     _, given = parser.read(words)
-    return from_preset(**({"preset": preset} | given))
+    return from_preset(**({"preset": preset, "images": images} | given))
 
 
 def split_preset(argv: Sequence[str], default: str) -> tuple[str, Sequence[str]]:

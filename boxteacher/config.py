@@ -73,6 +73,7 @@ class Config:
 
     # --- training -----------------------------------------------------------
     steps: int = 90_000  # a shorter run shortens its warm-ups and lr_drops too
+    epochs: float = 0.0  # if > 0: steps are those of so many passes over the training images
     batch_size: int = 16  # images of a step, over all ranks
     accumulate: int = 1  # a rank takes its images in so many parts, to save memory
     optimizer: Literal["sgd", "adamw"] = "sgd"  # published: sgd, for Swin adamw
@@ -102,6 +103,7 @@ class Config:
 
     # --- inference and evaluation -------------------------------------------
     max_detections: int = 100  # per image; also COCO's maxDets, which the headline AP honors
+    metric: Literal["coco", "voc", "cityscapes"] = "coco"  # whose rules give the table of AP
     eval_every: int = 0  # steps between evaluations; 0: at the end only
 
     # --- machine ------------------------------------------------------------
@@ -117,6 +119,11 @@ class Config:
 
 FIELDS: dict[str, Any] = typing.get_type_hints(Config)  # name -> type
 LR_IMAGES = 16  # SGD: `lr` is for a step of so many images
+
+
+def scaled_lr(config: Config) -> float:
+    """The learning rate after the warm-up: SGD's `lr` is for 16 images, and scaled linearly."""
+    return config.lr * (config.batch_size / LR_IMAGES if config.optimizer == "sgd" else 1.0)
 
 
 # --- words: the values on the command line --------------------------------------------------------
@@ -230,11 +237,6 @@ def warnings(config: Config) -> list[str]:
     c, lines = config, []
     if not c.val_json:
         lines.append("val_json is empty: without a validation set there will be no tables of AP")
-    if c.optimizer == "sgd" and c.batch_size != LR_IMAGES:
-        lines.append(
-            f"lr={c.lr} is for {LR_IMAGES} images: with batch_size={c.batch_size} the learning rate"
-            f" is {c.lr * c.batch_size / LR_IMAGES:g}"
-        )
     if c.mode != "condinst" and 2 * c.weak_warmup_steps > c.steps:
         lines.append(
             f"weak_warmup_steps={c.weak_warmup_steps} is over half of steps={c.steps}:"

@@ -154,11 +154,70 @@ PRESETS |= {
 }
 
 
+# --- Pascal VOC and Cityscapes: the published recipes ---------------------------------------------
+
+# SGD's learning rate is for 16 images, so it is 0.005 for these 8. What is not published (warm-ups,
+# the teacher's size) is as on COCO, where the teacher sees images of test size.
+VOC: dict[str, Any] = dict(
+    train_json="data/voc/boxes_trainaug.json",
+    train_images="data/VOCdevkit/VOC2012/JPEGImages",
+    val_json="data/voc/instances_val.json",
+    val_images="data/VOCdevkit/VOC2012/JPEGImages",
+    bottom_rows=0,
+    batch_size=8,
+    steps=47_619,  # 36 epochs of the 10,582 images of the augmented training set
+    epochs=36,
+    lr_drops=(35_714, 43_651),  # 27 and 33 epochs
+    metric="voc",
+)
+CITYSCAPES: dict[str, Any] = dict(
+    train_json="data/cityscapes/boxes_train.json",
+    train_images="data/cityscapes/leftImg8bit/train",
+    val_json="data/cityscapes/instances_val.json",
+    val_images="data/cityscapes/leftImg8bit/val",
+    train_sizes=(800, 832, 864, 896, 928, 960, 992, 1024),
+    train_max_size=2048,
+    test_size=1024,
+    test_max_size=2048,
+    teacher_size=1024,
+    bottom_rows=0,
+    batch_size=8,
+    steps=24_000,
+    lr_drops=(18_000,),
+    metric="cityscapes",
+)
+PUBLISHED_ELSEWHERE = {  # (data set, mode, backbone): mask AP on its validation set
+    ("voc", "boxteacher", "r50"): "published 38.6 AP, 66.4 AP50, 38.7 AP75",
+    ("voc", "boxteacher", "r101"): "published 40.3 AP, 67.8 AP50, 41.3 AP75",
+    ("cityscapes", "boxteacher", "r50"): "published 21.7 AP, 47.5 AP50 (from COCO: 26.8, 54.2)",
+}
+
+
+def other_preset(data: str, mode: str, backbone: str) -> Preset:
+    """CondInst learns from the masks, in the file that has them."""
+    changes = {"voc": VOC, "cityscapes": CITYSCAPES}[data]
+    changes = {"mode": mode, **BACKBONES[backbone], **MODES[mode], **changes}
+    if mode == "condinst":
+        changes["train_json"] = changes["train_json"].replace("boxes_", "instances_")
+    published = PUBLISHED_ELSEWHERE.get((data, mode, backbone), "no published AP known")
+    return Preset(changes, f"{published}; here: not run")
+
+
+PRESETS |= {
+    f"{data}_{mode}_{backbone}": other_preset(data, mode, backbone)
+    for data, backbone in (("voc", "r50"), ("voc", "r101"), ("cityscapes", "r50"))
+    for mode in MODES
+}
+
+
 # --- from a preset to a configuration -------------------------------------------------------------
 
 
-def from_preset(preset: str, **given: Any) -> Config:
+def from_preset(preset: str, images: int = 0, **given: Any) -> Config:
     """The configuration of a preset, with the `given` fields replaced. It is checked.
+
+    With `epochs`, the number of training `images` gives `steps`. While it is not known (0), `steps`
+    is the preset's.
 
     Some fields follow others, unless they are given too. `mode` changes those in which its
     published recipe differs from that of the preset's mode (MODES). `steps` moves `lr_drops` in
@@ -174,6 +233,13 @@ def from_preset(preset: str, **given: Any) -> Config:
             f"{files[0]}: preset {preset} generates its images and reads no files;"
             " start from preset nuclei, photos (both small) or coco_boxteacher_r50_1x (GPUs)"
         )
+
+    if "steps" in given and given.get("epochs"):
+        raise ConfigError("steps and epochs are both lengths of the run: give only one")
+    epochs = given.setdefault("epochs", 0.0 if "steps" in given else config.epochs)
+    if epochs and images:
+        batch_size = given.get("batch_size", config.batch_size)
+        given["steps"] = max(round(epochs * images / max(batch_size, 1)), 1)
 
     follow: dict[str, Any] = {}
     if given.get("mode", config.mode) != config.mode:

@@ -133,6 +133,7 @@ def final_summary(cfg: Config, out: Path, tables: dict[str, Any], minutes: float
     if tables:
         lines += [
             f"  {out / 'results.json'}: the {who}'s predictions in COCO's format",
+            f"  {out / 'tables.json'}: their AP, also of each class",
             f"The tables again: python evaluate.py --checkpoint {out / 'last.pt'}",
         ]
     return "\n".join(lines)

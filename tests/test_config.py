@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from boxteacher import config
 from boxteacher.command_line import parse
 from boxteacher.config import FIELDS, Config, ConfigError, validate
-from boxteacher.presets import PRESETS, from_preset
+from boxteacher.presets import MODES, PRESETS, from_preset
 
 
 def refusal(*argv: str) -> str:
@@ -41,7 +41,7 @@ def test_the_default_preset_is_shapes():
     assert parse([]).dataset == "shapes"
 
 
-def test_all_coco_presets_exist():
+def test_all_published_recipes_are_presets():
     names = {
         f"coco_{mode}_{depth}_{schedule}"
         for mode in ("condinst", "boxinst", "boxteacher")
@@ -49,6 +49,10 @@ def test_all_coco_presets_exist():
         for schedule in ("1x", "3x")
     }
     names |= {"coco_boxteacher_r101_dcn_3x", "coco_boxteacher_swin_b_3x"}
+    names |= {
+        f"voc_{m}_{b}" for m in ("condinst", "boxinst", "boxteacher") for b in ("r50", "r101")
+    }
+    names |= {f"cityscapes_{m}_r50" for m in ("condinst", "boxinst", "boxteacher")}
     assert set(PRESETS) == names | {"shapes", "nuclei", "photos"}
 
 
@@ -73,6 +77,31 @@ def test_coco_recipes_are_the_published_ones():
     assert dcn == replace(three, preset=dcn.preset, deformable=True)
     assert (swin.optimizer, swin.lr, swin.weight_decay) == ("adamw", 1e-4, 0.05)
     assert (swin.backbone, swin.steps) == ("swin_b", 270_000)
+
+
+@pytest.mark.parametrize("mode", ["condinst", "boxinst", "boxteacher"])
+def test_recipes_of_voc_and_cityscapes(mode):
+    """Batch 8 at 0.005; VOC in epochs of 10,582 images, Cityscapes in steps."""
+    masks = "instances" if mode == "condinst" else "boxes"
+    for backbone in ("r50", "r101"):
+        voc = parse([f"voc_{mode}_{backbone}"])
+        assert (voc.batch_size, config.scaled_lr(voc), voc.metric) == (8, 0.005, "voc")
+        assert (voc.epochs, voc.steps) == (36, round(36 * 10_582 / 8))
+        assert voc.lr_drops == (round(27 * 10_582 / 8), round(33 * 10_582 / 8))
+        assert (voc.train_sizes, voc.train_max_size) == (Config().train_sizes, 1333)
+        assert voc.train_json.endswith(f"{masks}_trainaug.json")
+        assert parse([f"voc_{mode}_{backbone}"], 10_582) == voc
+    city = parse([f"cityscapes_{mode}_r50"])
+    assert (city.batch_size, config.scaled_lr(city), city.metric) == (8, 0.005, "cityscapes")
+    assert (city.steps, city.lr_drops, city.epochs) == (24_000, (18_000,), 0)
+    assert (min(city.train_sizes), max(city.train_sizes), city.train_max_size) == (800, 1024, 2048)
+    assert (city.test_size, city.test_max_size) == (1024, 2048)
+    assert city.train_json.endswith(f"{masks}_train.json")
+    coco = parse([f"coco_{mode}_r50_1x"])
+    for cfg in (city, parse([f"voc_{mode}_r50"])):
+        assert (cfg.mode, cfg.bottom_rows) == (mode, 0)
+        for field in MODES[mode]:
+            assert getattr(cfg, field) == getattr(coco, field)
 
 
 def test_mode_brings_its_recipe_unless_overruled():
@@ -112,12 +141,43 @@ def test_what_is_given_is_not_scaled_but_warned_about():
     assert "lr_drops" in line
 
 
-def test_a_learning_rate_that_batch_size_changes_is_told():
+def test_the_learning_rate_of_sgd_follows_batch_size():
     argv = ["coco_boxteacher_r50_1x", "--batch-size", "4"]
-    (line,) = config.warnings(parse(argv))
-    assert line.startswith("lr=0.01 is for 16 images")
-    assert line.endswith("with batch_size=4 the learning rate is 0.0025")
-    assert config.warnings(parse([*argv, "--optimizer", "adamw"])) == []
+    assert config.scaled_lr(parse(argv)) == 0.0025
+    assert config.scaled_lr(parse([*argv, "--optimizer", "adamw"])) == 0.01
+
+
+# --- lengths in epochs --------------------------------------------------------
+
+
+def test_epochs_become_steps_when_the_number_of_images_is_known():
+    """36 epochs of 400 images in steps of 8, or of 4; the drops stay at 27 and 33 epochs."""
+    cfg = parse(["voc_boxteacher_r50"], 400)
+    assert cfg.steps == 1800
+    assert cfg.lr_drops == pytest.approx((1350, 1650), abs=1)
+    assert (cfg.warmup_steps, cfg.weak_warmup_steps) == (37, 378)  # as short in proportion
+    assert config.warnings(cfg) == []
+    assert parse(["voc_boxteacher_r50", "--batch-size", "4"], 400).steps == 3600
+    more = parse(["voc_boxteacher_r50"], 100_000)
+    assert (more.steps, more.warmup_steps) == (450_000, 1000)
+    assert parse(["voc_boxteacher_r50"], 1).steps == 4  # 4.5, to the even one
+    assert parse(["voc_boxteacher_r50", "--epochs", "0.01"], 10).steps == 1
+
+
+def test_what_is_given_is_not_moved_by_epochs():
+    argv = ["voc_boxteacher_r50", "--lr-drops", "500,600", "--weak-warmup-steps", "100"]
+    cfg = parse(argv, 400)
+    assert (cfg.steps, cfg.lr_drops, cfg.weak_warmup_steps) == (1800, (500, 600), 100)
+
+
+def test_steps_and_epochs_replace_each_other():
+    steps = parse(["voc_boxteacher_r50", "--steps", "900"], 400)
+    assert (steps.steps, steps.epochs) == (900, 0)
+    epochs = parse(["coco_boxteacher_r50_1x", "--epochs", "12"], 118_287)
+    assert (epochs.steps, epochs.epochs) == (88_715, 12)
+    assert parse(["voc_boxteacher_r50", "--epochs", "0"], 400).steps == 47_619
+    assert "give only one" in refusal("voc_boxteacher_r50", "--epochs", "2", "--steps", "9")
+    assert parse(["shapes", "--steps", "9"], 400).steps == 9
 
 
 @given(st.sampled_from(sorted(PRESETS)), st.integers(1, 10**6))

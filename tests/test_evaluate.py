@@ -15,6 +15,7 @@ import evaluate
 import train
 from boxteacher.checkpoint import CheckpointError, save_checkpoint
 from boxteacher.coco import DataError
+from boxteacher.coco_eval import EvaluationError
 from boxteacher.command_line import parse
 from boxteacher.config import ConfigError
 from boxteacher.data import make_val_set
@@ -134,6 +135,16 @@ def test_our_checkpoint(last, monkeypatch, capsys, tmp_path):
     assert {result["image_id"] for result in results} <= {1, 2, 3}
     run(monkeypatch, capsys, f"--checkpoint={last}", "--student", "--out", tmp_path / "new")
     assert (tmp_path / "new" / "last_student_results.json").is_file()
+
+
+def test_the_metric_is_chosen_and_the_tables_are_a_file(last, monkeypatch, capsys, tmp_path):
+    out = run(monkeypatch, capsys, "--checkpoint", last, "--metric=voc", "--out", tmp_path)
+    assert out.splitlines()[1].split() == ["AP", "AP25", "AP50", "AP70", "AP75"]
+    tables = json.loads((tmp_path / "last_teacher_tables.json").read_text())
+    assert tables["metric"] == "voc"
+    assert set(tables["segm"]["per_class"]) == set(tables["bbox"]["per_class"])
+    with pytest.raises(EvaluationError, match="no field 'void'"):  # the shapes have none
+        run(monkeypatch, capsys, "--checkpoint", last, "--metric=cityscapes", "--out", tmp_path)
 
 
 def test_other_sizes_than_the_teacher_had(last, monkeypatch, capsys, tmp_path):

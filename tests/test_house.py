@@ -54,9 +54,10 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         {"checkpoint", "command_line", "config", "errors", "presets"}
         | {"data", "fcos", "model", "pseudo_labels"},
     ),
+    "cityscapes_eval": ({"numpy", "pycocotools"}, set()),
     "coco_eval": (
         {"torch", "numpy", "pycocotools", "tqdm"},
-        {"coco", "data", "distributed", "errors", "model"},
+        {"cityscapes_eval", "coco", "config", "data", "distributed", "errors", "model"},
     ),
     "guard": ({"torch"}, {"distributed", "errors"}),
     "visualize": ({"torch", "numpy", "PIL"}, set()),

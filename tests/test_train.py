@@ -8,6 +8,7 @@ import os
 import re
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -35,7 +36,8 @@ TINY = """--norm gn --mask-norm gn --shapes-size 64 --shapes-train 16 --shapes-v
     --train-sizes 64 --train-max-size 64 --test-size 64 --test-max-size 64 --teacher-size 0
     --batch-size 4 --steps 2 --log-every 1""".split()
 TINY = ["shapes", *NETWORK, *TINY]
-FILES = {"config.json", "contact_sheet.png", "last.pt", "metrics.jsonl", "results.json"}
+EVALUATION = {"results.json", "tables.json"}
+FILES = {"config.json", "contact_sheet.png", "last.pt", "metrics.jsonl"} | EVALUATION
 
 
 @dataclasses.dataclass
@@ -131,7 +133,7 @@ def finished(tmp_path_factory, seeing_checkpoint):
 def test_a_run_leaves_its_files_and_says_where_they_are(finished):
     ended, folder = finished
     assert {path.name for path in folder.iterdir()} == FILES
-    last_lines = ended.out.splitlines()[-7:]
+    last_lines = ended.out.splitlines()[-8:]
     for name in FILES:
         assert any(str(folder / name) in line for line in last_lines), name
     assert "learned from boxes alone" in ended.out
@@ -188,6 +190,27 @@ def test_the_contact_sheet_is_a_picture_of_four_columns(finished):
     assert sheet.height > 3 * 300  # one row for each of three images
     tiles = np.array_split(np.asarray(sheet.convert("RGB")), 4, axis=1)
     assert all(tile.std() > 20 for tile in tiles)
+
+
+def test_the_tables_of_the_last_evaluation_are_a_file_too(finished):
+    tables = json.loads((finished[1] / "tables.json").read_text())
+    assert tables.pop("metric") == "coco"
+    logged = metrics(finished[1])[-1]["evaluation"]
+    assert tables == logged
+
+
+def test_epochs_count_the_images_and_metric_chooses_the_tables(tmp_path):
+    """Two epochs of 16 images in steps of 4. A run that goes on has the same length."""
+    words = [*TINY[: TINY.index("--steps")], "--mode", "boxinst", "--metric", "voc"]
+    words += ["--out", tmp_path / "out", "--epochs", 2]
+    ended = train(*words)
+    assert ended.code == 0, ended.err
+    assert "boxinst: 16 images, 8 steps, learning rate 0.001, to" in ended.out
+    kept = json.loads((tmp_path / "out/config.json").read_text())
+    assert (kept["steps"], kept["epochs"], kept["metric"]) == (8, 2, "voc")
+    columns = ["AP", "AP25", "AP50", "AP70", "AP75", "per_class"]
+    assert list(json.loads((tmp_path / "out/tables.json").read_text())["segm"]) == columns
+    assert_error(train(*words, "--resume"), "has 8 steps already")
 
 
 def test_results_are_cocos(finished):
@@ -248,6 +271,27 @@ def test_two_processes_do_what_one_does_with_the_same_global_batch(
     first, second = (load_checkpoint(tmp_path / name / "last.pt") for name in ("one", "two"))
     for who in ("student",) if mode == "condinst" else ("student", "teacher"):
         assert_close(second[who], first[who], rtol=1e-3, atol=1e-5)
+
+
+def test_two_machines_meet_and_rank_0_alone_writes(tmp_path):
+    """torchrun's rendezvous, as in README, with one process on each of two "machines". They share
+    no folder, and each makes the data on its own."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    launcher = "-m torch.distributed.run --nnodes=2 --nproc_per_node=1 --rdzv_backend=c10d".split()
+    launcher += [f"--rdzv_endpoint=localhost:{port}", "--rdzv_id=7", "--local_addr=localhost"]
+    machines = [tmp_path / "first", tmp_path / "second"]
+    words = [*TINY, "--mode", "boxinst", "--out", "out"]
+    for machine in machines:
+        machine.mkdir()
+    runs = [start(*words, launcher=launcher, cwd=machine) for machine in machines]
+    ended = [run.communicate(timeout=300) for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], ended
+    wrote = [{path.name for path in machine.glob("out/*")} for machine in machines]
+    assert sorted(wrote, key=len) == [set(), FILES]
+    assert "".join(out for out, _ in ended).count("learned from") == 1
+    assert [m["step"] for m in metrics(machines[wrote.index(FILES)] / "out")] == [1, 2, 2]
 
 
 def test_a_run_without_a_terminal_says_how_far_it_is(tmp_path, monkeypatch):
@@ -389,7 +433,7 @@ def test_a_run_without_a_validation_set_says_so_and_evaluates_nothing(files, tmp
     assert "warning: val_json is empty: without a validation set" in ended.err
     assert "AP" not in ended.out
     assert [m["step"] for m in metrics(tmp_path / "out")] == [1, 2]
-    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES - {"results.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES - EVALUATION
     # The sheet shows the training images at test size, never flipped or cropped.
     model, _ = load_model(tmp_path / "out/last.pt")
     cfg = dataclasses.replace(model.cfg, val_json=files[1][1], val_images=files[1][3])
@@ -416,6 +460,7 @@ def test_condinst_says_that_it_needs_masks(files, tmp_path):
         (["shapes", "--mode", "boxteachr"], ["mode", "'boxteachr'", "nearest is boxteacher"]),
         (["shapes", "--lr", "fast"], ["lr", "number", "'fast'"]),
         (["shapes", "--out", "nowhere", "--resume"], ["nowhere", "last.pt"]),
+        ([*TINY, "--metric", "cityscapes"], ["shapes: image id 1 has no field 'void'"]),
         ([*TINY, "--out", "new", "--init", "missing.pt"], ["missing.pt", "no such checkpoint"]),
     ],
 )
