@@ -9,10 +9,10 @@ from PIL import Image
 from test_convert import cityscapes_image
 from test_train import NETWORK, train
 
+from boxteacher.coco import encode_mask
 from boxteacher.coco_eval import (
     EvaluationError,
     NoMasksError,
-    encode_masks,
     evaluate_coco,
     format_table,
 )
@@ -70,7 +70,7 @@ def make_files(folder, scenes):
     coco = json.loads((folder / "out/instances_val.json").read_text())
     for image, (_, found) in zip(coco["images"], scenes, strict=True):
         for category, score, mask in found:
-            (code,) = encode_masks(mask[None])
+            code = encode_mask(mask)
             box = {"bbox": [0, 0, 1, 1], "category_id": category}
             results.append({"image_id": image["id"], "score": score, "segmentation": code} | box)
     return coco, results
@@ -143,20 +143,19 @@ def test_from_the_download_to_the_table(tmp_path, monkeypatch):
 
 def measure(objects, found, void=None):
     """The tables of one image. objects: (mask, iscrowd) and found: (score, mask), all cars."""
-    (void_code,) = encode_masks(np.zeros((1, *SIZE), bool) if void is None else void[None])
+    void_code = encode_mask(np.zeros(SIZE, bool) if void is None else void)
     image = {"id": 1, "file_name": "a", "height": SIZE[0], "width": SIZE[1], "void": void_code}
     common = {"image_id": 1, "category_id": 26, "bbox": [0, 0, 1, 1]}
     coco = {
         "images": [image],
         "categories": [{"id": 26, "name": "car"}, {"id": 27, "name": "truck"}],
         "annotations": [
-            common | {"id": k, "iscrowd": crowd, "segmentation": encode_masks(mask[None])[0]}
+            common | {"id": k, "iscrowd": crowd, "segmentation": encode_mask(mask)}
             for k, (mask, crowd) in enumerate(objects)
         ],
     }
     results = [
-        common | {"score": score, "segmentation": encode_masks(mask[None])[0]}
-        for score, mask in found
+        common | {"score": score, "segmentation": encode_mask(mask)} for score, mask in found
     ]
     return evaluate_coco(coco, results, 100, metric="cityscapes")
 

@@ -7,17 +7,19 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from pycocotools import mask as rle_tools
 from pycocotools.coco import COCO
 
 import train
 from boxteacher.checkpoint import save_checkpoint
-from boxteacher.coco_eval import encode_masks
+from boxteacher.coco import encode_mask
 from boxteacher.command_line import parse
 from boxteacher.config import ConfigError
 from boxteacher.data import collate, make_val_set
 from boxteacher.fcos import Detections, make_locations
 from boxteacher.losses import box_masks
+from boxteacher.mask_head import aligned_upsample
 from boxteacher.model import Encoded, build_model
 from boxteacher.tools import label, study
 
@@ -56,7 +58,9 @@ def batch(model):
 
 def whole_masks(model, encoded, batch, index):
     with torch.no_grad():
-        return model.mask_probs(encoded, 0, torch.tensor(index), batch.sizes[0], (64, 64))
+        maps = model.mask_logits_s4(encoded, torch.tensor(index)[None]).sigmoid()
+    maps = aligned_upsample(maps, 4)[..., : batch.sizes[0][0], : batch.sizes[0][1]]
+    return F.interpolate(maps, size=(64, 64), mode="bilinear")[0]
 
 
 def encode(model, batch):
@@ -197,7 +201,7 @@ def test_masks_ellipses_and_boxes_are_compared_with_true_masks():
     top = full & (np.arange(16) < 4)[:, None]
     boxes = [[2, 2, 8, 4], [2, 8, 8, 4], [0, 0, 4, 4], [0, 0, 4, 4]]
     annotations = [dict(id=i, image_id=1, category_id=1, bbox=b) for i, b in enumerate(boxes, 1)]
-    true, guess = encode_masks(np.stack([full, left])), encode_masks(np.stack([top, left]))
+    true, guess = [encode_mask(full), encode_mask(left)], [encode_mask(top), encode_mask(left)]
     annotations[0]["segmentation"], annotations[1]["segmentation"] = true
     annotations[3]["segmentation"] = true[0]  # not labeled
     coco = {"images": [dict(id=1, width=16, height=16)], "annotations": annotations}

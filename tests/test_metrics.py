@@ -11,8 +11,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from test_coco_eval import make_coco, make_result, reference_ap, uncompressed_rle
 
-from boxteacher.coco import decode_mask, read_coco
-from boxteacher.coco_eval import encode_masks, evaluate_coco, format_table
+from boxteacher.coco import decode_mask, encode_mask, read_coco
+from boxteacher.coco_eval import evaluate_coco, format_table
 
 COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
@@ -46,7 +46,7 @@ def odd_coco(rng):
             elif kind == 1:
                 segmentation = uncompressed_rle(mask)
             else:
-                segmentation = encode_masks(mask[None])[0]
+                segmentation = encode_mask(mask)
             annotations.append(
                 {
                     "id": 1000 + 7 * len(annotations),
@@ -86,7 +86,7 @@ def rough_results(rng, coco):
             "category_id": category_id,
             "bbox": box,
             "score": float(rng.random()),
-            "segmentation": encode_masks(mask[None])[0],
+            "segmentation": encode_mask(mask),
         }
         for image_id, category_id, box, mask in results
     ]

@@ -19,8 +19,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as rle_codec
 
-from boxteacher.coco import DataError, explain
-from boxteacher.coco_eval import encode_masks
+from boxteacher.coco import DataError, encode_mask, explain
 
 Objects = list[dict[str, Any]]  # COCO annotations without ids: category_id, bbox, segmentation ...
 Reader = Callable[[Path, tuple[int, int], Counter], tuple[Objects, dict[str, Any]]]
@@ -71,7 +70,7 @@ def read_map(path: Path, size: tuple[int, int]) -> np.ndarray:
 
 def mask_object(category_id: int, mask: np.ndarray) -> dict[str, Any]:
     """A mask bool [h, w] with its tight box."""
-    (code,) = encode_masks(mask[None])
+    code = encode_mask(mask)
     box = [int(side) for side in rle_codec.toBbox(code)]
     return {"category_id": category_id, "bbox": box, "segmentation": code}
 
@@ -173,7 +172,7 @@ def read_cityscapes_image(
         category_id = n // 1000 or n
         if category_id in CITYSCAPES:
             objects.append(mask_object(category_id, numbers == n) | {"iscrowd": int(n < 1000)})
-    (void,) = encode_masks(np.isin(numbers, CITYSCAPES_VOID)[None])
+    void = encode_mask(np.isin(numbers, CITYSCAPES_VOID))
     return objects, {"void": void}
 
 

@@ -28,7 +28,8 @@ from tqdm import tqdm
 
 from boxteacher import errors
 from boxteacher.checkpoint import load_model
-from boxteacher.coco_eval import box_baselines, encode_masks
+from boxteacher.coco import encode_mask
+from boxteacher.coco_eval import box_baselines
 from boxteacher.command_line import Parser
 from boxteacher.config import ConfigError
 from boxteacher.data import Batch, CocoDataset, collate, make_val_set
@@ -74,11 +75,11 @@ def label_image(model: CondInst, batch: Batch, boxes: Tensor, original: Size) ->
     maps, scores = read_masks(model, encoded, sizes, index, boxes, quality[index].sqrt())
     masks = []
     for probs, score, box, detection in zip(maps, scores, boxes, assigned.tolist(), strict=True):
-        mask = torch.zeros(original, dtype=torch.bool)
-        part = probs > cfg.mask_threshold
-        mask[window(box, original)] = part if part.any() else probs >= probs.max() / 2
+        mask = probs > cfg.mask_threshold
+        mask = mask if mask.any() else probs >= probs.max() / 2
+        rows, columns = window(box, original)
         score, source = (score, "location") if detection < 0 else (trust[detection], "detection")
-        code = encode_masks(mask[None])[0]
+        code = encode_mask(mask.cpu().numpy(), (rows.start, columns.start), original)
         masks.append({"segmentation": code, "score": float(score), "mask_source": source})
     return masks
 
