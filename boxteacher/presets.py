@@ -54,9 +54,8 @@ PRESETS: dict[str, Preset] = {
         | dict(
             dataset="shapes",
             workers=0,  # painting costs less than a process that disturbs two busy cores
-            train_sizes=(160,),  # smaller than the teacher's images, as on COCO
-            train_max_size=160,
-            teacher_size=192,
+            train_sizes=(192,),  # the images' own size, for student, teacher and test alike
+            train_max_size=192,
             test_size=192,
             test_max_size=192,
             size_unit=48,
