@@ -153,7 +153,7 @@ def evaluate_coco(
             found = [{key: result[key] for key in keys} for result in results]
             detections = truth.loadRes(found) if found else COCO()  # loadRes needs one or more
 
-            evaluation = COCOeval(truth, detections, iou_type)
+            evaluation = FastCOCOeval(truth, detections, iou_type)
             evaluation.params.maxDets = [max_dets]
             if metric == "voc":
                 evaluation.params.iouThrs = np.append(0.25, evaluation.params.iouThrs)
@@ -171,6 +171,33 @@ def evaluate_coco(
                 for k, category_id in enumerate(evaluation.params.catIds)
             }
     return tables
+
+
+class FastCOCOeval(COCOeval):
+    """COCOeval with the same results. It compares each detection with each true object in Python.
+    Here only detections that overlap one enough for the lowest threshold are given to it: the
+    others match nothing. With 1000 detections an image these are most of them.
+    """
+
+    def evaluateImg(self, image_id: int, category_id: int, area_range: list, max_det: int) -> Any:  # noqa: N802
+        key = image_id, category_id
+        found, ious = self._dts[key], self.ious[key]  # ious [D, G], of sorted detections
+        if len(ious) == 0:  # no detections, or no objects
+            return super().evaluateImg(image_id, category_id, area_range, max_det)
+        order = np.argsort([-d["score"] for d in found], kind="mergesort")[:max_det]
+        is_near = ious[:max_det].max(1) >= self.params.iouThrs[0]
+        self._dts[key], self.ious[key] = [found[i] for i in order[is_near]], ious[:max_det][is_near]
+        result = super().evaluateImg(image_id, category_id, area_range, max_det)
+        self._dts[key], self.ious[key] = found, ious
+
+        # The other detections are put back in their places.
+        areas = np.array([found[i]["area"] for i in order])
+        is_outside = (areas < area_range[0]) | (areas > area_range[1])
+        ignored = np.tile(is_outside, (len(self.params.iouThrs), 1))
+        matches = np.zeros(ignored.shape)
+        ignored[:, is_near], matches[:, is_near] = result["dtIgnore"], result["dtMatches"]
+        ids, scores = ([found[i][name] for i in order] for name in ("id", "score"))
+        return result | dict(dtIds=ids, dtScores=scores, dtMatches=matches, dtIgnore=ignored)
 
 
 def format_table(result: dict[str, dict[str, Any]]) -> str:

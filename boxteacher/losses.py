@@ -116,9 +116,7 @@ def box_masks(boxes: Tensor, height: int, width: int, stride: int = 4) -> Tensor
 
 
 def _pairs(x: Tensor, direction: int) -> tuple[Tensor, Tensor]:
-    """x at pixels i and at their neighbors j in a forward direction, over all pairs inside the
-    map.
-    """
+    """x at pixels i and their neighbors j in a forward direction, for all pairs inside the map."""
     dy, dx = NEIGHBORS[direction]
     height, width = x.shape[-2:]
     left, right = max(-dx, 0), max(dx, 0)
@@ -133,7 +131,7 @@ def _pairwise_sums(
         -log(p_i p_j + (1-p_i)(1-p_j)) = softplus(a_i) + softplus(a_j) - softplus(a_i + a_j)
 
     with p = sigmoid(a), so no log of a small number is taken. A pair is seen from both its ends:
-    its weight is the sum of the two.
+    its weight is the sum of the two: 0, 1 or 2. As uint8, little is kept for the backward pass.
 
     mask_logits [..., H4, W4]; pair_weights(direction) broadcasts to the pairs. Returns two [...].
     """
@@ -162,7 +160,7 @@ def color_pairwise_sums(
         box_i, box_j = _pairs(inside_box, direction)
         similar_ij, _ = _pairs(similar_pairs[:, None, direction], direction)
         _, similar_ji = _pairs(similar_pairs[:, None, 7 - direction], direction)
-        return (similar_ij & box_i).to(mask_logits.dtype) + (similar_ji & box_j)
+        return (similar_ij & box_i).to(torch.uint8) + (similar_ji & box_j)
 
     return _pairwise_sums(mask_logits, pair_weights)
 
@@ -194,7 +192,7 @@ def affinity_loss(
         image_i, image_j = _pairs(inside_image[:, None], direction)
         is_alike = t_i * t_j + (1 - t_i) * (1 - t_j) >= threshold
         from_i, from_j = is_alike & box_i & image_j, is_alike & box_j & image_i
-        return from_i.to(mask_logits.dtype) + from_j
+        return from_i.to(torch.uint8) + from_j
 
     loss, weight = _pairwise_sums(mask_logits, pair_weights)
     return loss / weight.clamp(min=1)
@@ -204,9 +202,7 @@ def affinity_loss(
 
 
 def rgb_to_lab(rgb: Tensor) -> Tensor:
-    """sRGB (0..255) to CIE L*a*b*, D65 white, 2 degree observer. rgb [N, 3, H4, W4] float. Returns
-    [N, 3, H4, W4].
-    """
+    """sRGB (0..255) to CIE L*a*b*, D65 white, 2 degree observer: float [N, 3, H4, W4] both."""
     rgb = rgb / 255
     r, g, b = torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92).unbind(1)
     # Not a matrix product: autocast would round that to bfloat16, and TF32 to 10 bits. And its

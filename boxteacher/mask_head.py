@@ -148,13 +148,12 @@ def read_maps(maps: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     [D, c]. Equal to `aligned_upsample` by 4, a cut to `size` and bilinear resizing: two steps in
     one, since the upsampled map is linear between pixels. Returns [D, r, c], columns contiguous.
     """
-    for positions in (rows, columns):
+    for positions in (rows, columns):  # the columns are the lines of the second turn
         low = positions.long().clamp(max=maps.shape[1] - 2)
         weight = (positions - low)[..., None]
         low = low + maps.shape[1] * torch.arange(len(maps), device=maps.device)[:, None]
         lines = maps.flatten(0, 1)
-        maps = F.embedding(low, lines).lerp_(F.embedding(low + 1, lines), weight)
-        maps = maps.mT  # the columns are the lines of the second turn
+        maps = F.embedding(low, lines).lerp_(F.embedding(low + 1, lines), weight).mT
     return maps
 
 

@@ -11,7 +11,7 @@ A loss is a pair (sum, count) of scalars until `CondInst.forward` divides them: 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -114,10 +114,13 @@ class CondInst(nn.Module):
 
     def mask_logits_s4(self, encoded: Encoded, index: Tensor) -> Tensor:
         """Masks of chosen locations, index [N, K] into P. Returns [N, K, H4, W4]."""
+        inputs = encoded.mask_features, *self.mask_inputs(encoded, index)
+        return mask_head.aligned_upsample(mask_head.dynamic_mask_logits(*inputs), 2)
+
+    def mask_inputs(self, encoded: Encoded, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What makes the masks of locations [N, K]: parameters, places and sizes of interest."""
         params = self.head.dynamic_params(encoded.predictions.box_features, index)
-        xy, scale = encoded.locations.xy[index], encoded.locations.sizes_of_interest[index]
-        logits_s8 = mask_head.dynamic_mask_logits(encoded.mask_features, params, xy, scale)
-        return mask_head.aligned_upsample(logits_s8, 2)
+        return params, encoded.locations.xy[index], encoded.locations.sizes_of_interest[index]
 
     # --- the student's step -----------------------------------------------------------------------
 
@@ -210,8 +213,7 @@ class CondInst(nn.Module):
         masks, assign them to the boxes.
 
         The images are enlarged to `cfg.teacher_size`, unless that is 0 or `resize` is False. A run
-        calls this in train mode: batch norms (in the mask branch, and in the backbone with
-        norm=bn) use the batch's statistics.
+        calls this in train mode: batch norms use the batch's statistics.
         """
         rows, columns = (side // 4 for side in batch.images.shape[-2:])
         masks = batch.valid.new_zeros(*batch.valid.shape, rows, columns)
@@ -233,8 +235,7 @@ class CondInst(nn.Module):
         self, encoded: Encoded, n: int, found: fcos.Detections, seen_size: Size, batch: Batch
     ) -> tuple[Tensor, Tensor] | None:
         """Masks bool [G, h/4, w/4] and weights [G] for the boxes of image n, or None if no
-        detection fits any of them. seen_size: the image's size as the teacher saw it.
-        """
+        detection fits any of them. seen_size: the image's size as the teacher saw it."""
         cfg, size = self.cfg, batch.sizes[n]
         boxes, _ = scale_boxes(found.boxes, seen_size, size)
         ious = box_iou(boxes, batch.boxes[n]).masked_fill(~batch.valid[n], -1)  # [D, G]
@@ -243,13 +244,16 @@ class CondInst(nn.Module):
         if not is_useful.any():
             return None
         boxes, ious, scores = boxes[is_useful], ious[is_useful], found.scores[is_useful]
-        maps = self.mask_maps(encoded, n, found.location_index[is_useful])
-        rows, columns = mask_head.pixel_positions(maps, seen_size, size)
-        chunks = zip(*(x.split(MASK_CHUNK) for x in (maps, boxes, scores)), strict=True)
-        scores = torch.cat([self.scores_in_boxes(*chunk, rows, columns) for chunk in chunks])
+        all_maps = self.mask_maps(encoded, n, found.location_index[is_useful])
+        # Each is scored in its detection's box and sampled on the stride-4 grid.
+        parts, trust, masks = (boxes.split(MASK_CHUNK), scores.split(MASK_CHUNK)), [], []
+        for maps, *part in zip(all_maps, *parts, strict=True):
+            rows, columns = mask_head.pixel_positions(maps, seen_size, size)
+            trust.append(self.scores_in_boxes(maps, *part, rows, columns))
+            masks.append(mask_head.read_maps(maps, rows[2::4], columns[2::4]) > cfg.mask_threshold)
+        scores = torch.cat(trust)
         assigned = assign_to_boxes(ious, scores, cfg.iou_threshold, cfg.score_threshold)
-        samples = mask_head.read_maps(maps, rows[2::4], columns[2::4])
-        return take_assigned(samples > cfg.mask_threshold, scores, assigned)
+        return take_assigned(torch.cat(masks), scores, assigned)
 
     def scores_in_boxes(
         self, maps: Tensor, boxes: Tensor, scores: Tensor, rows: Tensor, columns: Tensor
@@ -288,8 +292,7 @@ class CondInst(nn.Module):
             boxes, is_box = scale_boxes(found.boxes, sizes[n], output_sizes[n])
             boxes, scores, index = boxes[is_box], found.scores[is_box], found.location_index[is_box]
             masks, means = [], []
-            for part in index.split(MASK_CHUNK):
-                maps = self.mask_maps(encoded, n, part)
+            for maps in self.mask_maps(encoded, n, index):
                 positions = mask_head.pixel_positions(maps, sizes[n], output_sizes[n])
                 for probs, corner in mask_head.mask_windows(maps, *positions, 0.5):
                     mask = probs > 0.5
@@ -315,12 +318,15 @@ class CondInst(nn.Module):
         limit = self.cfg.max_detections
         return fcos.detect(encoded.predictions, encoded.locations, max_detections=limit)
 
-    def mask_maps(self, encoded: Encoded, n: int, index: Tensor) -> Tensor:
-        """Mask probabilities of image n's locations index [D], at stride 4: [D, H4, W4]."""
+    def mask_maps(self, encoded: Encoded, n: int, index: Tensor) -> Iterator[Tensor]:
+        """Mask probabilities [d, H4, W4] of image n's locations index [D], MASK_CHUNK at a time."""
         box_features = [level[n : n + 1] for level in encoded.predictions.box_features]
         predictions = encoded.predictions._replace(box_features=box_features)
         alone = Encoded(predictions, encoded.locations, encoded.mask_features[n : n + 1])
-        return self.mask_logits_s4(alone, index[None])[0].sigmoid()
+        inputs = (x.split(MASK_CHUNK, dim=1) for x in self.mask_inputs(alone, index[None]))
+        for part in zip(*inputs, strict=True):
+            logits_s8 = mask_head.dynamic_mask_logits(alone.mask_features, *part)
+            yield mask_head.aligned_upsample(logits_s8, 2)[0].sigmoid()
 
 
 # --- the losses, in the order of the story: FCOS, CondInst, BoxInst, BoxTeacher -------------------
@@ -388,8 +394,7 @@ def pseudo_losses(
 @torch.no_grad()
 def pseudo_mask_metrics(pseudo: PseudoMasks, batch: Batch) -> dict[str, Tensor]:
     """How many boxes have a pseudo mask, and the mean score of these. Where true masks exist, also
-    their mean IoU on the stride-4 grid. Fractions [2], which can be summed over ranks.
-    """
+    their mean IoU on the stride-4 grid. Fractions [2], which can be summed over ranks."""
     has_pseudo = (pseudo.weights > 0) & batch.valid
     count = has_pseudo.sum()
     num_images = torch.full_like(count, len(batch.sizes))
@@ -447,13 +452,8 @@ def build_model(cfg: Config, num_classes: int) -> CondInst:
     backbone = Backbone(body, cfg.fpn_channels)
     num_dynamic = mask_head.num_dynamic_params(cfg.mask_channels)
     head = fcos.FCOSHead(num_classes, cfg.fpn_channels, cfg.tower_convs, num_dynamic)
-    mask_branch = MaskBranch(
-        cfg.fpn_channels,
-        cfg.mask_branch_channels,
-        cfg.mask_channels,
-        cfg.mask_branch_convs,
-        NORMS[cfg.mask_norm],
-    )
+    widths = cfg.fpn_channels, cfg.mask_branch_channels, cfg.mask_channels
+    mask_branch = MaskBranch(*widths, cfg.mask_branch_convs, NORMS[cfg.mask_norm])
     return CondInst(backbone, head, mask_branch, cfg)
 
 

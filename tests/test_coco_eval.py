@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 from pycocotools import mask as rle_codec
+from pycocotools.cocoeval import COCOeval
 
+from boxteacher import coco_eval
 from boxteacher.coco import decode_mask, encode_mask
 from boxteacher.coco_eval import (
     EvaluationError,
@@ -325,6 +327,37 @@ def test_a_window_has_the_code_that_pycocotools_gives_the_whole_image(share):
             assert code == {"size": [height, width], "counts": expected["counts"].decode()}
             assert code == encode_mask(whole) == encode_mask(np.asfortranarray(whole))
             assert np.array_equal(decode_mask(json.loads(json.dumps(code))), whole)
+
+
+def test_matching_only_what_overlaps_changes_nothing(monkeypatch):
+    """Many false alarms, crowds, equal scores, areas of every range, and a limit that cuts."""
+    rng = np.random.default_rng(0)
+
+    def random_box(largest):
+        w, h = rng.integers(2, largest, 2)
+        return int(rng.integers(0, 128 - w)), int(rng.integers(0, 128 - h)), int(w), int(h)
+
+    objects = [(1 + i % 3, 1 + i % 2, random_box(120 if i % 5 else 20)) for i in range(40)]
+    coco = make_coco(objects, images=4, class_names=("a", "b", "c"), size=128)
+    for annotation in coco["annotations"][::7]:
+        annotation["iscrowd"] = 1
+    results = []
+    for image_id, category_id, (x, y, w, h) in objects:
+        near = (x, y, max(w - int(rng.integers(5)), 1), max(h - int(rng.integers(5)), 1))
+        boxes = [near, *(random_box(100) for _ in range(6))]
+        scores = rng.integers(0, 8, len(boxes)) / 8  # some are equal
+        results += [
+            make_result(image_id, category_id, box, float(score), 128)
+            for box, score in zip(boxes, scores, strict=True)
+        ]
+    results.append(make_result(4, 3, (5, 5, 20, 20), 0.5, 128))  # an image without objects
+    for limit in (3, 30, 1000):
+        fast = evaluate_coco(coco, results, limit)
+        with monkeypatch.context() as patch:
+            patch.setattr(coco_eval, "FastCOCOeval", COCOeval)
+            assert evaluate_coco(coco, results, limit) == fast
+    assert 0 < fast["bbox"]["AP"] < 100
+    assert fast["segm"]["APs"] > 0
 
 
 def test_predictions_become_results_that_survive_json():
