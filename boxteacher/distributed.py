@@ -94,6 +94,14 @@ def broadcast_buffers(module: nn.Module) -> None:
             dist.broadcast(buffer, src=0)
 
 
+def from_main(value: Any) -> Any:
+    """Rank 0's value, on every rank. A value is anything that can be pickled."""
+    values = [value]
+    if _has_group():
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
 def gather_objects(value: Any) -> list[Any] | None:
     """On rank 0 the values of all ranks, in rank order, and None on the other ranks. A value is
     anything that can be pickled."""
