@@ -83,8 +83,7 @@ def require_masks(coco: dict[str, Any], name: str = "the ground truth") -> None:
         if len(missing) == len(annotations):
             lack = "has none"
         raise NoMasksError(
-            f"evaluation needs true masks; {name} {lack}: mask AP needs a JSON in which every"
-            ' annotation has "segmentation", box AP does not'
+            f'evaluation needs true masks; {name} {lack}: add "segmentation" to every annotation'
         )
 
 
