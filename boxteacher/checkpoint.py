@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import os
 import pickle
 import re
 import zipfile
@@ -43,6 +44,10 @@ class Checkpoint(dict[str, Any]):
             if name in self and not is_right(self[name]):
                 found = short_repr(self[name])
                 raise CheckpointError(f"{path}: entry {name!r} is of the wrong type: {found}")
+        if len(self.get("class_names", [])) != len(self.get("category_ids", [])):
+            raise CheckpointError(
+                f"{path}: entry 'category_ids' does not have an id for each class"
+            )
 
     def __missing__(self, name: str) -> NoReturn:
         raise CheckpointError(f"{self.path}: has no entry {name!r}; give another checkpoint")
@@ -62,7 +67,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     """The state that `save_checkpoint` wrote, with its tensors on the CPU. Raises CheckpointError
     for a missing, truncated, damaged or foreign file."""
     with contextlib.suppress(zipfile.BadZipFile):  # read_file says more about such files
-        if Path(path).is_file() and not zipfile.is_zipfile(path):  # its table is at the end
+        if os.path.isfile(path) and not zipfile.is_zipfile(path):  # its table is at the end
             raise CheckpointError(f"{path}: not a PyTorch checkpoint, or cut short")
     state = read_file(path)
     if state.pop("format", None) != FORMAT:
@@ -136,6 +141,8 @@ def check_sums(path: Path) -> None:
     not look at them, so changed bytes would become other weights. Old files are no archives."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
+            if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+                raise CheckpointError(f"{path}: a compressed archive, which PyTorch does not write")
             if damaged := archive.testzip():
                 raise CheckpointError(f"{path}: damaged: {damaged} has not its checksum")
 
@@ -144,7 +151,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
     """The dict in a .pkl (pickled numpy arrays) or in any other file (torch.save's, which may hold
     numpy arrays too). Nothing in it is executed."""
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file() fails on overlong names
         raise CheckpointError(f"{path}: no such checkpoint file")
     try:
         if path.suffix == ".pkl":

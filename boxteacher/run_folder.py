@@ -22,7 +22,7 @@ def name_of(cfg: Config) -> Path:
 def read_run(folder: str) -> Config:
     """The configuration of the run in `folder`, to go on with it."""
     path = Path(folder) / "last.pt"
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ConfigError(f"resume: {folder} holds no last.pt to go on from; say --out FOLDER")
     return from_dict(load_checkpoint(path)["config"], str(path))
 
@@ -57,12 +57,12 @@ def resume_after_restart(cfg: Config) -> Config:
     if not cfg.out:
         later = (Path(f"{out}_{number}") for number in itertools.count(2))
         out = [out, *itertools.takewhile(Path.exists, later)][-1]
-    return dataclasses.replace(cfg, out=str(out), resume=(out / "last.pt").is_file())
+    return dataclasses.replace(cfg, out=str(out), resume=os.path.isfile(out / "last.pt"))
 
 
 def refuse_taken(cfg: Config) -> None:
     """Raise ConfigError unless a run may write to --out, or there is one for --resume."""
-    has_run = (name_of(cfg) / "last.pt").is_file()
+    has_run = os.path.isfile(name_of(cfg) / "last.pt")
     if cfg.resume and not has_run:
         read_run(str(name_of(cfg)))
     if cfg.out and has_run and not cfg.resume:
