@@ -44,10 +44,9 @@ class Checkpoint(dict[str, Any]):
             if name in self and not is_right(self[name]):
                 found = short_repr(self[name])
                 raise CheckpointError(f"{path}: entry {name!r} is of the wrong type: {found}")
-        if len(self.get("class_names", [])) != len(self.get("category_ids", [])):
-            raise CheckpointError(
-                f"{path}: entry 'category_ids' does not have an id for each class"
-            )
+        names, ids = self.get("class_names"), self.get("category_ids")
+        if names and ids is not None and len(names) != len(ids):
+            raise CheckpointError(f"{path}: entry 'category_ids' has not one id for each class")
 
     def __missing__(self, name: str) -> NoReturn:
         raise CheckpointError(f"{self.path}: has no entry {name!r}; give another checkpoint")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import select
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +43,8 @@ def run(main: Callable[[], object]) -> None:
     except Exception as error:
         if isinstance(error, BrokenPipeError) and stdout_is_broken():  # train.py --list | head
             sys.exit(141)
+        if "TORCHELASTIC_ERROR_FILE" in os.environ and "by peer" in str(error):  # gloo's words
+            end(1, "error: another process of this run has ended; torchrun says which and how")
         if isinstance(error, OSError) and error.filename is not None:
             end(1, f"error: {error.filename}: {error.strerror}")
         if not is_first_to_fail():
@@ -68,9 +71,10 @@ def is_first_to_fail() -> bool:
 
 
 def stdout_is_broken() -> bool:
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
-        return True
-    return False
+    """Whether nobody reads it. Then what is left to write goes nowhere."""
+    reader = select.poll()
+    reader.register(sys.stdout.fileno(), 0)
+    is_broken = bool(reader.poll(0))
+    if is_broken:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return is_broken
