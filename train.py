@@ -352,11 +352,12 @@ def main() -> None:
     if distributed.is_main():
         write_text(out / "config.json", to_json(dataclasses.replace(cfg, resume=False)))
         print(f"{cfg.mode}: {len(train_set)} images, {cfg.steps} steps, to {out}", flush=True)
-    with state.guard.signals:
+    with state.guard.signals as signals:
         tables = train(state, out, train_set, val_set)
         if distributed.is_main():
-            with state.guard.signals.at_once():
-                write_contact_sheet(out / "contact_sheet.png", state.evaluated_model, val_set)
+            with signals.at_once():
+                sheet = out / "contact_sheet.png"
+                write_contact_sheet(sheet, state.evaluated_model, train_set, val_set)
             print(final_summary(cfg, out, tables, (time.perf_counter() - started) / 60))
     distributed.shutdown()
 

@@ -182,11 +182,14 @@ def final_summary(cfg: Config, out: Path, tables: dict[str, Any], minutes: float
     return "\n".join(lines)
 
 
-def write_contact_sheet(path: Path, model: CondInst, val_set: CocoDataset | None) -> None:
+def write_contact_sheet(
+    path: Path, model: CondInst, train_set: CocoDataset, val_set: CocoDataset | None
+) -> None:
     """The sheet of validation images, or without these of training images, whole, not flipped."""
     if val_set is None:
         files = dict(val_json=model.cfg.train_json, val_images=model.cfg.train_images)
         val_set = make_val_set(dataclasses.replace(model.cfg, **files))
+        val_set.take_classes(train_set.class_names, train_set.category_ids, train_set.name)
     sheet = make_contact_sheet(model, val_set, next(model.parameters()).device)
     with whole_file(path) as file:
         sheet.save(file, "png")
