@@ -29,6 +29,7 @@ from .coco import encode_mask, run_lengths
 from .config import Config
 from .data import CocoDataset, make_test_loader
 from .errors import UserError
+from .files import WriteError, check_writable, write_text
 from .model import CondInst, Instances
 
 # The columns of a table: lowest and highest IoU threshold, and COCO's range of areas (0: all)
@@ -93,8 +94,7 @@ def require_masks(coco: dict[str, Any], name: str = "the ground truth") -> None:
         if len(missing) == len(annotations):
             lack = "has none"
         raise NoMasksError(
-            f"evaluation needs true masks; {name} {lack}: use a JSON whose annotations have"
-            ' "segmentation", or evaluate boxes alone (iou type "bbox")'
+            f'evaluation needs true masks; {name} {lack}: add "segmentation" to every annotation'
         )
 
 
@@ -108,6 +108,15 @@ def require_void(coco: dict[str, Any], name: str = "the ground truth") -> None:
                 " with python -m boxteacher.tools.convert cityscapes, or use --metric coco"
             )
         _check_code(image["void"], (image["height"], image["width"]), f"{where}: void")
+
+
+def lacks_masks(dataset: CocoDataset) -> list[str]:
+    """Why mask AP cannot be measured on the data set, in one line. Empty if it can."""
+    try:
+        require_masks(dataset.coco, dataset.name)
+    except NoMasksError as error:
+        return [str(error)]
+    return []
 
 
 def evaluate_coco(
@@ -363,23 +372,38 @@ def evaluate_dataset(
     """Predict, write the COCO results as JSON, and measure. Returns `evaluate_coco`'s tables and
     their text on rank 0, nothing elsewhere. The tables also go to a file next to the results, which
     has "tables" in its name instead. If the ground truth lacks masks, boxes alone count.
+
+    Before it predicts, it raises WriteError if the results could not be written. If the disk gets
+    full after that, it prints the tables and then raises WriteError.
     """
     if cfg.metric == "cityscapes":
         require_void(dataset.coco, dataset.name)
+    if distributed.is_main():
+        check_writable(results_path)
     results = predict_dataset(model, dataset, device, cfg.workers)
     if results is None:
         return {}, ""
-    results_path.write_text(json.dumps(results))
-
-    # Masks and boxes if the ground truth has both, else boxes.
-    metric, name, remark = cfg.metric, dataset.name, ""
-    limit = cfg.max_detections
+    metric, tables, text = _measure(dataset, results, cfg)
+    tables_path = results_path.with_name(results_path.name.replace("results", "tables"))
     try:
-        tables = evaluate_coco(dataset.coco, results, limit, name=name, metric=metric)
+        write_text(results_path, json.dumps(results))
+        write_text(tables_path, json.dumps({"metric": metric} | tables, indent=2) + "\n")
+    except WriteError:
+        print(text, flush=True)
+        raise
+    return tables, text
+
+
+def _measure(
+    dataset: CocoDataset, results: list[dict[str, Any]], cfg: Config
+) -> tuple[str, dict[str, dict[str, Any]], str]:
+    """The metric, its tables and their text. Without true masks, boxes alone, by COCO's metric in
+    place of Cityscapes'."""
+    metric, name, limit = cfg.metric, dataset.name, cfg.max_detections
+    try:
+        tables, remark = evaluate_coco(dataset.coco, results, limit, name=name, metric=metric), ""
     except NoMasksError as error:
-        remark = f"{error}. Boxes alone:\n"
         metric = "coco" if metric == "cityscapes" else metric
         tables = evaluate_coco(dataset.coco, results, limit, ["bbox"], name, metric)
-    tables_path = results_path.with_name(results_path.name.replace("results", "tables"))
-    tables_path.write_text(json.dumps({"metric": metric} | tables, indent=2) + "\n")
-    return tables, remark + format_table(tables)
+        remark = f"{error}. Boxes alone:\n"
+    return metric, tables, remark + format_table(tables)
