@@ -19,13 +19,13 @@ from pathlib import Path
 
 from boxteacher import distributed, errors
 from boxteacher.checkpoint import load_checkpoint, load_weights
-from boxteacher.coco import DataError
 from boxteacher.coco_eval import evaluate_dataset
 from boxteacher.command_line import Parser
 from boxteacher.config import ConfigError, from_dict, validate
 from boxteacher.data import make_val_set
 from boxteacher.model import build_model
 from boxteacher.published import import_published
+from boxteacher.reporting import say_notes
 
 USAGE = "evaluate.py (--checkpoint FILE | --published FILE) [--student] [--field value ...]"
 
@@ -55,24 +55,19 @@ def main() -> None:
         raise ConfigError(f"{path} is about generated images; to read files, add --dataset coco")
     if not cfg.val_json:
         raise ConfigError(f"{path} was trained without a validation set: give --val-json FILE")
-    validate(dataclasses.replace(cfg, resume=False, init=str(path)))  # the weights are there
+    validate(dataclasses.replace(cfg, init=str(path)))  # the weights are there
 
     device = distributed.init_distributed(cfg.device)
-    if distributed.is_main():
-        for note in notes:
-            print(note, file=sys.stderr)
+    say_notes(notes, "note")
     val_set = make_val_set(cfg)
-    if val_set.category_ids != state["category_ids"]:
-        theirs = ", ".join(map(str, state["class_names"]))
-        raise DataError(f"{val_set.name} has other classes than {path}, which knows {theirs}")
+    if options.checkpoint or val_set.category_ids != state["category_ids"]:  # published: no names
+        say_notes(val_set.take_classes(state["class_names"], state["category_ids"], str(path)))
     who = "student" if options.student or state["teacher"] is None else "teacher"
     model = build_model(cfg, len(val_set.class_names))
     load_weights(model, state[who], f"{path} ({who})")
     model.to(device)
 
-    out = Path(given.get("out") or path.parent)
-    out.mkdir(parents=True, exist_ok=True)
-    results = out / f"{path.stem}_{who}_results.json"
+    results = Path(given.get("out") or path.parent) / f"{path.stem}_{who}_results.json"
     _, text = evaluate_dataset(model, val_set, device, cfg.workers, cfg.max_detections, results)
     if distributed.is_main():
         print(f"{path}: {who}, step {state['step']}, {val_set.name}\n{text}\n{results}")

@@ -11,6 +11,7 @@ import dataclasses
 import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from boxteacher import distributed, errors
-from boxteacher.checkpoint import CheckpointError, load_checkpoint, load_weights, save_checkpoint
-from boxteacher.coco import DataError
-from boxteacher.coco_eval import NoMasksError, evaluate_dataset, require_masks
+from boxteacher import distributed, errors, run_folder
+from boxteacher.checkpoint import Checkpoint, load_optimizer, load_weights, save_checkpoint
+from boxteacher.coco_eval import evaluate_dataset, lacks_masks
 from boxteacher.command_line import parse
 from boxteacher.config import LR_IMAGES, Config, ConfigError, to_json, warnings
-from boxteacher.data import Batch, CocoDataset, make_train_loader, make_train_set, make_val_set
+from boxteacher.data import (
+    Batch,
+    CocoDataset,
+    check_batch_norm,
+    make_train_loader,
+    make_train_set,
+    make_val_set,
+)
 from boxteacher.ema import ema_momentum, update_teacher
-from boxteacher.guard import DivergedError, FiniteGuard
+from boxteacher.files import write_text
+from boxteacher.guard import DivergedError, RunGuard
 from boxteacher.model import CondInst, build_model, make_teacher
 from boxteacher.published import load_initial_weights, masks_for_boxes_as_published
-from boxteacher.reporting import RunLog, final_summary, make_contact_sheet
+from boxteacher.reporting import (
+    RunLog,
+    final_summary,
+    headline_ap,
+    say_notes,
+    write_contact_sheet,
+)
 from boxteacher.transforms import augment
 
 # --- schedules: functions of the step -------------------------------------------------------------
@@ -68,7 +82,7 @@ class State:
     student: CondInst
     teacher: CondInst | None  # in mode boxteacher
     optimizer: torch.optim.Optimizer
-    guard: FiniteGuard
+    guard: RunGuard
     model: nn.Module  # the student as training calls it (see speed_up)
     autocast: torch.autocast
     step: int = 0  # steps done
@@ -79,10 +93,14 @@ class State:
         return self.teacher or self.student
 
 
-def make_state(cfg: Config, num_classes: int, device: torch.device) -> State:
+def make_state(
+    cfg: Config, num_classes: int, device: torch.device, class_names: Sequence[str] = ()
+) -> State:
+    """A run at its beginning. `class_names`: `--init` carries classes over by name."""
+    torch.manual_seed(cfg.seed)
     student = build_model(cfg, num_classes)
     if not cfg.resume:
-        load_initial_weights(student, cfg)
+        say_notes(load_initial_weights(student, cfg, class_names))
     student.to(device).train()
     teacher = make_teacher(student) if cfg.mode == "boxteacher" else None
     if teacher is not None and cfg.published_score:
@@ -93,9 +111,8 @@ def make_state(cfg: Config, num_classes: int, device: torch.device) -> State:
         optimizer = torch.optim.AdamW(parameters, **options)
     else:
         optimizer = torch.optim.SGD(parameters, momentum=0.9, **options)
-    guard = FiniteGuard(optimizer)
     autocast = torch.autocast(device.type, torch.bfloat16, cfg.dtype == "bfloat16")
-    return State(cfg, device, student, teacher, optimizer, guard, student, autocast)
+    return State(cfg, device, student, teacher, optimizer, RunGuard(optimizer), student, autocast)
 
 
 def seed_draws(cfg: Config, step: int, part: int) -> torch.Generator:
@@ -163,54 +180,45 @@ def mean_of(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def train(
-    cfg: Config,
-    out: Path,
-    device: torch.device,
-    train_set: CocoDataset,
-    val_set: CocoDataset | None,
+    state: State, out: Path, train_set: CocoDataset, val_set: CocoDataset | None
 ) -> dict[str, Any]:
     """The training loop. Returns the last evaluation's tables (on rank 0, given a val_set)."""
-    torch.manual_seed(cfg.seed)
-    state = make_state(cfg, len(train_set.class_names), device)
-    if cfg.resume:
-        restore(out / "last.pt", state, train_set)
+    cfg = state.cfg
     speed_up(state)
     rank, world_size = distributed.rank(), distributed.world_size()
     batches = make_train_loader(train_set, cfg, state.step, rank, world_size)
     log = RunLog(out / "metrics.jsonl", cfg, state.step)
-    tables: dict[str, Any] = {}
 
     def is_due(every: int) -> bool:
         return state.step == cfg.steps or (every > 0 and state.step % every == 0)
 
+    def evaluate_if_due() -> None:
+        if val_set is not None and is_due(cfg.eval_every) and log.evaluated != state.step:
+            with state.guard.signals.at_once():  # all is saved
+                evaluate(state, out, train_set, val_set, log)
+
+    if state.step > 0:  # what an interrupted run left to do
+        evaluate_if_due()
     try:
         for parts in batches:
+            if state.guard.must_stop():  # SIGTERM or SIGINT
+                save(out / "last.pt", state, train_set)
+                distributed.barrier()  # torchrun ends all processes when the first ends
+                raise state.guard.signals.stopped()
             losses, metrics = train_step(state, parts)
             if is_due(cfg.log_every):
                 log.step(state.step, learning_rate(cfg, state.step - 1), losses, metrics)
-            if is_due(cfg.checkpoint_every):
+            if is_due(cfg.checkpoint_every) or is_due(cfg.eval_every):
                 state.guard.raise_if_bad()
                 save(out / "last.pt", state, train_set)
-            if val_set is not None and is_due(cfg.eval_every):
-                state.guard.raise_if_bad()
-                tables = evaluate(state, out, val_set, log)
+                evaluate_if_due()
     except DivergedError as error:
         state.step = error.step  # the optimizer skipped that step
         save(out / "diverged.pt", state, train_set)
-        distributed.barrier()  # torchrun ends all processes when the first fails
-        raise DivergedError(
-            error.step,
-            f"{error}; the weights before this step are in {out / 'diverged.pt'}; try a lower --lr,"
-            " a longer --warmup-steps or --clip-grad 10",
-        ) from None
+        distributed.barrier()
+        raise
     log.close()
-    if distributed.is_main():
-        shown = val_set
-        if shown is None:  # the training images, whole and not flipped
-            files = dict(val_json=cfg.train_json, val_images=cfg.train_images)
-            shown = make_val_set(dataclasses.replace(cfg, **files))
-        make_contact_sheet(state.evaluated_model, shown, device).save(out / "contact_sheet.png")
-    return tables
+    return log.tables
 
 
 # --- speed: what makes a GPU fast is here, outside the model --------------------------------------
@@ -271,9 +279,10 @@ def save(path: Path, state: State, train_set: CocoDataset) -> None:
     if not distributed.is_main():
         return
     content = {
-        "config": dataclasses.asdict(state.cfg),
+        "config": dataclasses.asdict(dataclasses.replace(state.cfg, resume=False)),
         "class_names": train_set.class_names,
         "category_ids": train_set.category_ids,
+        "num_images": len(train_set),
         "step": state.step,
         "student": state.student.state_dict(),
         "teacher": state.teacher.state_dict() if state.teacher else None,
@@ -282,27 +291,21 @@ def save(path: Path, state: State, train_set: CocoDataset) -> None:
     save_checkpoint(path, content)
 
 
-def restore(path: Path, state: State, train_set: CocoDataset) -> None:
+def restore(state: State, checkpoint: Checkpoint) -> None:
     """Go on from what `save` wrote."""
-    cfg, checkpoint = state.cfg, load_checkpoint(path)
-    optimizer = checkpoint["config"]["optimizer"]
-    if optimizer != cfg.optimizer or not checkpoint["optimizer"]:
-        raise CheckpointError(f"{path}: was trained with {optimizer}; --init takes weights alone")
-    if checkpoint["step"] >= cfg.steps:
-        raise CheckpointError(f"{path}: has {checkpoint['step']} steps already; give more --steps")
-    if checkpoint["category_ids"] != train_set.category_ids:
-        raise CheckpointError(f"{path}: was trained on other classes: {checkpoint['class_names']}")
-    if (checkpoint["teacher"] is None) != (state.teacher is None):
-        raise CheckpointError(f"{path}: was trained in mode {checkpoint['config']['mode']}")
-    load_weights(state.student, checkpoint["student"], f"{path} (student)")
+    where = str(checkpoint.path)
+    load_weights(state.student, checkpoint["student"], f"{where} (student)")
     if state.teacher:
-        load_weights(state.teacher, checkpoint["teacher"], f"{path} (teacher)")
-    state.optimizer.load_state_dict(checkpoint["optimizer"])
+        load_weights(state.teacher, checkpoint["teacher"], f"{where} (teacher)")
+    load_optimizer(state.optimizer, checkpoint["optimizer"], where)
     state.step = checkpoint["step"]
 
 
-def evaluate(state: State, out: Path, val_set: CocoDataset, log: RunLog) -> dict[str, Any]:
-    """AP on the validation set. Rank 0 writes results.json and a line of metrics.jsonl."""
+def evaluate(
+    state: State, out: Path, train_set: CocoDataset, val_set: CocoDataset, log: RunLog
+) -> None:
+    """AP on the validation set. Rank 0 writes results.json, best.pt if there are evaluations to
+    choose from, and a line of metrics.jsonl."""
     started, cfg, model = time.perf_counter(), state.cfg, state.evaluated_model
     distributed.broadcast_buffers(model)  # the teacher has batch norm statistics of each rank
     tables, text = evaluate_dataset(
@@ -310,36 +313,18 @@ def evaluate(state: State, out: Path, val_set: CocoDataset, log: RunLog) -> dict
     )
     if distributed.is_main():
         log.say(f"step {state.step}\n{text}")
+        if cfg.eval_every and headline_ap(tables) > log.best_ap:
+            save(out / "best.pt", state, train_set)
         log.evaluation(state.step, tables, time.perf_counter() - started)
     distributed.barrier()
-    return tables
 
 
 # --- the program ----------------------------------------------------------------------------------
 
 
-def make_run_folder(cfg: Config) -> Path:
-    """The folder to write to. It never overwrites a run. Without --out the next free name is taken.
-    With --out the user has to say --resume.
-    """
-    out = Path(cfg.out or f"runs/{cfg.preset}")
-    if cfg.resume:
-        if not (out / "last.pt").is_file():
-            raise ConfigError(f"resume: {out} holds no last.pt to go on from; say --out FOLDER")
-        return out
-    if cfg.out and (out / "last.pt").exists():
-        raise ConfigError(
-            f"out: {out} already holds a run; go on with --resume or choose another --out"
-        )
-    if not cfg.out and (out / "config.json").exists():
-        number = next(n for n in range(2, 10_000) if not Path(f"{out}_{n}").exists())
-        out = Path(f"{out}_{number}")
-    return out
-
-
 def main() -> None:
     started = time.perf_counter()
-    cfg = parse(sys.argv[1:])
+    cfg = run_folder.resume_after_restart(parse(sys.argv[1:], run_folder.read_run))
     device = distributed.init_distributed(cfg.device)
     cfg = resolve_auto(cfg, device)
     processes = distributed.world_size()
@@ -348,34 +333,32 @@ def main() -> None:
             f"batch_size {cfg.batch_size} cannot be shared evenly by {processes} processes with"
             f" accumulate={cfg.accumulate}"
         )
-    out = make_run_folder(cfg)
-    train_set, val_set = make_train_set(cfg), None  # nothing is written if they fail
-    if cfg.val_json:
-        val_set = make_val_set(cfg)
-    if val_set is not None and train_set.categories != val_set.categories:
-        raise DataError(f"{val_set.name}: its categories are not those of {train_set.name}")
+    run_folder.refuse_taken(cfg)
 
-    distributed.barrier()  # all ranks have chosen a folder before rank 0 creates it
+    # Data and networks: nothing is written if one of them fails.
+    train_set = make_train_set(cfg)
+    val_set = make_val_set(cfg) if cfg.val_json else None
+    check_batch_norm(train_set, cfg, processes)
+    say_notes([*warnings(cfg), *train_set.notes, *(lacks_masks(val_set) if val_set else [])])
+    checkpoint = run_folder.load_last(cfg, train_set) if cfg.resume else None
+    state = make_state(cfg, len(train_set.class_names), device, train_set.class_names)
+    if checkpoint:
+        restore(state, checkpoint)
+    if val_set is not None:
+        classes = train_set.class_names, train_set.category_ids
+        say_notes(val_set.take_classes(*classes, train_set.name))
+
+    out = distributed.from_main(run_folder.claim(cfg) if distributed.is_main() else None)
     if distributed.is_main():
-        notes = warnings(cfg) + train_set.notes
-        try:
-            if val_set is not None:
-                require_masks(val_set.coco, val_set.name)
-        except NoMasksError as error:
-            notes.append(str(error))
-        for note in notes:
-            print(f"warning: {note}", file=sys.stderr)
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            if not cfg.resume:
-                (out / "config.json").write_text(to_json(cfg))
-        except OSError as error:
-            raise ConfigError(f"out: cannot write to {out} ({error.strerror})") from None
-
+        write_text(out / "config.json", to_json(dataclasses.replace(cfg, resume=False)))
         print(f"{cfg.mode}: {len(train_set)} images, {cfg.steps} steps, to {out}", flush=True)
-    tables = train(cfg, out, device, train_set, val_set)
-    if distributed.is_main():
-        print(final_summary(cfg, out, tables, (time.perf_counter() - started) / 60))
+    with state.guard.signals as signals:
+        tables = train(state, out, train_set, val_set)
+        if distributed.is_main():
+            with signals.at_once():
+                sheet = out / "contact_sheet.png"
+                write_contact_sheet(sheet, state.evaluated_model, train_set, val_set)
+            print(final_summary(cfg, out, tables, (time.perf_counter() - started) / 60))
     distributed.shutdown()
 
 

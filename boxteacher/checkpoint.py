@@ -9,9 +9,10 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from reprlib import repr as short_repr
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from .config import from_dict
 from .errors import UserError
+from .files import whole_file
 from .model import CondInst, build_model
 
 FORMAT = "boxteacher-1"  # the entry "format" of every checkpoint of this program
@@ -31,42 +33,45 @@ class CheckpointError(UserError):
 # --- checkpoints of this program ------------------------------------------------------------------
 
 
+class Checkpoint(dict[str, Any]):
+    """What a checkpoint holds, by name. Raises CheckpointError for an entry of the wrong type, and
+    for one that is asked for and not there."""
+
+    def __init__(self, path: str | Path, entries: Mapping[str, Any]) -> None:
+        super().__init__(entries)
+        self.path = path
+        for name, is_right in ENTRIES.items():
+            if name in self and not is_right(self[name]):
+                found = short_repr(self[name])
+                raise CheckpointError(f"{path}: entry {name!r} is of the wrong type: {found}")
+        names, ids = self.get("class_names"), self.get("category_ids")
+        if names and ids is not None and len(names) != len(ids):
+            raise CheckpointError(f"{path}: entry 'category_ids' has not one id for each class")
+
+    def __missing__(self, name: str) -> NoReturn:
+        raise CheckpointError(f"{self.path}: has no entry {name!r}; give another checkpoint")
+
+
 def save_checkpoint(path: str | Path, state: Mapping[str, Any]) -> None:
-    """Write `state` so that `path` always holds a complete checkpoint, the old one or the new one,
-    even if the process is killed or the power fails.
+    """Write `state` so that `path` always holds a complete checkpoint, the old one or the new one
+    (see `whole_file`).
 
-    It is written under another name, flushed to the disk and then renamed. `state` may hold
-    tensors, numbers, strings, None, and dicts, lists and tuples of these.
+    `state` may hold tensors, numbers, strings, None, and dicts, lists and tuples of these.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        with open(unfinished, "wb") as file:
-            torch.save({**state, "format": FORMAT}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    # The new name must reach the disk too.
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    with whole_file(path) as file:
+        torch.save({**state, "format": FORMAT}, file)
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
+def load_checkpoint(path: str | Path) -> Checkpoint:
     """The state that `save_checkpoint` wrote, with its tensors on the CPU. Raises CheckpointError
-    for a missing, truncated or foreign file."""
+    for a missing, truncated, damaged or foreign file."""
     with contextlib.suppress(zipfile.BadZipFile):  # read_file says more about such files
-        if Path(path).is_file() and not zipfile.is_zipfile(path):  # its table is at the end
+        if os.path.isfile(path) and not zipfile.is_zipfile(path):  # its table is at the end
             raise CheckpointError(f"{path}: not a PyTorch checkpoint, or cut short")
     state = read_file(path)
     if state.pop("format", None) != FORMAT:
         raise CheckpointError(f"{path}: a PyTorch file, but not a checkpoint of this program")
-    return state
+    return Checkpoint(path, state)
 
 
 def load_model(path: str | Path, device: str = "cpu") -> tuple[CondInst, list[str]]:
@@ -76,6 +81,31 @@ def load_model(path: str | Path, device: str = "cpu") -> tuple[CondInst, list[st
     model = build_model(from_dict(state["config"], str(path)), len(state["class_names"]))
     load_weights(model, state["teacher"] or state["student"], str(path))
     return model.to(device).eval(), state["class_names"]
+
+
+def _is_list_of(kind: type, value: Any) -> bool:
+    return isinstance(value, list) and all(type(v) is kind for v in value)
+
+
+def _is_weights(value: Any) -> bool:
+    def is_plain(tensor: Any) -> bool:
+        return isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta
+
+    return isinstance(value, Mapping) and all(
+        isinstance(name, str) and is_plain(tensor) for name, tensor in value.items()
+    )
+
+
+ENTRIES: dict[str, Callable[[Any], bool]] = {  # name -> whether a value has its type
+    "config": lambda value: isinstance(value, dict),
+    "class_names": lambda value: _is_list_of(str, value) and len(value) > 0,
+    "category_ids": lambda value: _is_list_of(int, value),
+    "step": lambda value: type(value) is int and value >= 0,
+    "num_images": lambda value: type(value) is int,
+    "student": _is_weights,
+    "teacher": lambda value: value is None or _is_weights(value),
+    "optimizer": lambda value: value is None or isinstance(value, dict),
+}
 
 
 # --- any file of weights --------------------------------------------------------------------------
@@ -105,19 +135,33 @@ class RestrictedUnpickler(pickle.Unpickler):
         return ADMITTED[module, name]
 
 
+def check_sums(path: Path) -> None:
+    """Raise CheckpointError if a part of the archive does not have its checksum. torch.load does
+    not look at them, so changed bytes would become other weights. Old files are no archives."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+                raise CheckpointError(f"{path}: a compressed archive, which PyTorch does not write")
+            if damaged := archive.testzip():
+                raise CheckpointError(f"{path}: damaged: {damaged} has not its checksum")
+
+
 def read_file(path: str | Path) -> dict[str, Any]:
     """The dict in a .pkl (pickled numpy arrays) or in any other file (torch.save's, which may hold
     numpy arrays too). Nothing in it is executed."""
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file() fails on overlong names
         raise CheckpointError(f"{path}: no such checkpoint file")
     try:
         if path.suffix == ".pkl":
             with open(path, "rb") as file:
                 content = RestrictedUnpickler(file, encoding="latin1").load()
         else:
+            check_sums(path)
             with torch.serialization.safe_globals(ADMITTED_BY_TORCH):
                 content = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except Exception as error:  # a damaged file can fail in any way
         if refused := re.search(r"GLOBAL (\S+)", str(error)):
             reason = f"holds more than tensors and numpy arrays: {refused[1]}"
@@ -154,8 +198,29 @@ def check_fit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], what: s
         raise CheckpointError(f"{what}: weights do not fit the model; " + "; ".join(lists))
 
 
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, saved: Mapping[str, Any] | None, what: str
+) -> None:
+    """Restore the optimizer's moments. Its settings stay those of now."""
+    if not saved:
+        raise CheckpointError(f"{what}: holds weights, but no optimizer; --init takes the weights")
+    settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(dict(saved))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{what}: its optimizer does not fit this run: {reason}") from None
+    for group, before in zip(optimizer.param_groups, settings, strict=True):
+        group.update(before)
+
+
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:
-    """Copy all of `weights` into all of `model`. If they do not fit, raise CheckpointError (see
-    `check_fit`) and leave the model as it was."""
+    """Copy all of `weights` into all of `model`. If they do not fit or are not finite, raise
+    CheckpointError (see `check_fit`) and leave the model as it was."""
     check_fit(weights, model.state_dict(), what)
+    if bad := [name for name, value in weights.items() if not value.isfinite().all()]:
+        raise CheckpointError(
+            f"{what}: {len(bad)} of {len(weights)} weights are not finite, so the network would"
+            f" find nothing: {', '.join(bad[:5])}{', ...' * (len(bad) > 5)}; give another file"
+        )
     model.load_state_dict(weights)

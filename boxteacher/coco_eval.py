@@ -27,6 +27,7 @@ from . import distributed
 from .coco import run_lengths
 from .data import CocoDataset, make_test_loader
 from .errors import UserError
+from .files import WriteError, check_writable, write_text
 from .model import CondInst, Instances
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -82,9 +83,17 @@ def require_masks(coco: dict[str, Any], name: str = "the ground truth") -> None:
         if len(missing) == len(annotations):
             lack = "has none"
         raise NoMasksError(
-            f"evaluation needs true masks; {name} {lack}: use a JSON whose annotations have"
-            ' "segmentation", or evaluate boxes alone (iou type "bbox")'
+            f'evaluation needs true masks; {name} {lack}: add "segmentation" to every annotation'
         )
+
+
+def lacks_masks(dataset: CocoDataset) -> list[str]:
+    """Why mask AP cannot be measured on the data set, in one line. Empty if it can."""
+    try:
+        require_masks(dataset.coco, dataset.name)
+    except NoMasksError as error:
+        return [str(error)]
+    return []
 
 
 def evaluate_coco(
@@ -301,12 +310,26 @@ def evaluate_dataset(
 ) -> tuple[dict[str, dict[str, Any]], str]:
     """Predict, write the COCO results as JSON, and measure. Returns `evaluate_coco`'s tables and
     their text on rank 0, nothing elsewhere. If the ground truth lacks masks, boxes alone count.
+
+    Before it predicts, it raises WriteError if the results could not be written. If the disk gets
+    full after that, it prints the tables and then raises WriteError.
     """
+    if distributed.is_main():
+        check_writable(results_path)
     results = predict_dataset(model, dataset, device, workers)
     if results is None:
         return {}, ""
-    results_path.write_text(json.dumps(results))
+    try:
+        write_text(results_path, json.dumps(results))
+    except WriteError:
+        print(_measure(dataset, results, max_dets)[1], flush=True)
+        raise
+    return _measure(dataset, results, max_dets)
 
+
+def _measure(
+    dataset: CocoDataset, results: list[dict[str, Any]], max_dets: int
+) -> tuple[dict[str, dict[str, Any]], str]:
     # Masks and boxes if the ground truth has both, else boxes.
     remark = ""
     try:

@@ -13,19 +13,30 @@ import inspect
 import re
 import textwrap
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NoReturn
 
 from .config import FIELDS, Config, ConfigError, as_word, from_word, nearest
-from .presets import PRESETS, from_preset
+from .presets import PRESETS, from_preset, override
+
+DEFAULT = "shapes"  # the preset, if the first word is none
 
 
-def parse(argv: Sequence[str]) -> Config:
-    """The command line of train.py. --help and --list print and exit."""
-    preset, words = split_preset(argv, default="shapes")
+def parse(argv: Sequence[str], read_run: Callable[[str], Config] | None = None) -> Config:
+    """The command line of train.py. --help and --list print and exit.
+
+    With --resume and without a preset, what is not given is as in the run that goes on:
+    read_run(folder).
+    """
+    preset, words = split_preset(argv, default=DEFAULT)
     text = f"Train BoxTeacher, BoxInst or CondInst. The values below are those of preset {preset}."
     parser = Parser("train.py [PRESET] [--field value ...]", text, from_preset(preset))
     _, given = parser.read(words)
+    if given.get("resume") and given.get("init"):
+        raise ConfigError("init starts a run, resume goes on with one: give only one")
+    if given.get("resume") and preset not in argv[:1] and read_run:
+        folder = given.get("out") or f"runs/{DEFAULT}"
+        return override(read_run(folder), **(given | {"out": folder}))
     return from_preset(**({"preset": preset} | given))
 
 

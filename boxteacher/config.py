@@ -221,8 +221,6 @@ def problems(config: Config) -> Iterator[str]:
     for field in ("stride_in_1x1", "deformable"):
         if getattr(c, field) and c.backbone not in ("resnet50", "resnet101"):
             yield f"{field} is for bottlenecks: use resnet50 or resnet101, not {c.backbone}"
-    if c.resume and c.init:
-        yield "init starts a run, resume goes on with one: give only one"
 
 
 def warnings(config: Config) -> list[str]:
@@ -250,6 +248,31 @@ def warnings(config: Config) -> list[str]:
             " --pixel-format bgr, and MSRA's (except for DCN) --stride-in-1x1 too"
         )
     return lines
+
+
+# --- going on with a run --------------------------------------------------------------------------
+
+# Another value of these would be another network, or another order of images.
+MEANING = """mode dataset shapes_train shapes_size backbone norm freeze_at stride_in_1x1 deformable
+    pixel_format fpn_channels tower_convs mask_branch_channels mask_branch_convs mask_channels
+    size_unit mask_norm batch_size accumulate optimizer seed""".split()
+# These change nothing in what is learned from here on.
+CHOICES = """preset workers pretrained backbone_weights eval_every device compile checkpoint_every
+    log_every init resume out""".split()
+
+
+def changes_on_resume(before: Config, now: Config) -> list[str]:
+    """One line for each field that changes what a run does from now on. ConfigError, with all
+    names, if a field changes that makes it another run."""
+    changed = [f for f in FIELDS if getattr(before, f) != getattr(now, f) and f not in CHOICES]
+    words = [[as_word(getattr(c, f)) or "''" for c in (before, now)] for f in changed]
+    lines = [f"{f} was {old}, now {new}" for f, (old, new) in zip(changed, words, strict=True)]
+    if fixed := [line for f, line in zip(changed, lines, strict=True) if f in MEANING]:
+        raise ConfigError(
+            f"resume: that would be another run: {'; '.join(fixed)}. Without a preset, --resume"
+            " takes all from the run"
+        )
+    return [f"resume: {line}" for line in lines]
 
 
 # --- what is kept with a run ----------------------------------------------------------------------

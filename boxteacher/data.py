@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+import math
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,9 +24,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .coco import DataError, check_size, explain, image_loader, read_coco
-from .config import Config
+from .config import Config, ConfigError
 from .shapes import load_shapes_image, make_shapes_coco
-from .transforms import Geometry, View, draw_view
+from .transforms import Geometry, View, draw_view, resized_size
 
 # --- samples and batches --------------------------------------------------------------------------
 
@@ -122,6 +124,29 @@ class CocoDataset(Dataset):
         counts = ((empty, "images without a box"), (crowds, "crowd annotations"))
         return [f"{self.name}: training leaves out {n} {what}" for n, what in counts if n]
 
+    def take_classes(self, names: Sequence[str], ids: Sequence[int], of: str) -> list[str]:
+        """Number the labels as `of` does, whose classes have these names and category ids. Classes
+        are the same if their names are. Returns a note if ids differ.
+
+        Raises DataError, with the names, if a class is missing here or there.
+        """
+        of_name = {category["name"]: category for category in self.categories}
+        lacks = {
+            self.name: [name for name in names if name not in of_name],
+            of: [name for name in of_name if name not in names],
+        }
+        if any(lacks.values()):
+            missing = [f"{where} lacks {_some(found)}" for where, found in lacks.items() if found]
+            raise DataError(f"{self.name} has other classes than {of}: {'; '.join(missing)}")
+        label_of = np.array([names.index(name) for name in self.class_names])
+        self.labels = [label_of[labels] for labels in self.labels]
+        self.class_names, self.categories = list(names), [of_name[name] for name in names]
+        self.category_ids = [category["id"] for category in self.categories]
+        both = zip(names, self.category_ids, ids, strict=True)
+        other = [f"{name} is {here}, there {there}" for name, here, there in both if here != there]
+        what = f"{self.name}: its classes have other ids than in {of} and are matched by name"
+        return [f"{what}: {_some(other)}"] if other else []
+
     def true_masks(self, index: int, size: tuple[int, int]) -> Iterator[Tensor]:
         """The true masks of image `index`, bool [h, w] of the whole image at `size`, one by one in
         the order of its boxes. A mask that is not annotated is empty."""
@@ -183,6 +208,10 @@ class CocoDataset(Dataset):
         what = f"{self.name}: annotation id {annotation['id']}: field 'segmentation'"
         with explain(what, "correct it, or remove it to use the box alone"):
             return view.mask(annotation["segmentation"])
+
+
+def _some(words: list[str]) -> str:
+    return ", ".join(words[:5]) + ", ..." * (len(words) > 5)
 
 
 def collate(samples: list[Sample]) -> Batch:
@@ -292,7 +321,33 @@ def make_loader(
         collate_fn=collate_fn,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # its own, or each pass would move torch's global one
+        worker_init_fn=_outlive_signals,
     )
+
+
+def _outlive_signals(_: int) -> None:
+    """Ctrl-C, Slurm and torchrun signal all processes of a run. The main one goes on until it is
+    saved, so its workers must, too: for a minute at most."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
+
+
+def check_batch_norm(dataset: CocoDataset, cfg: Config, world_size: int) -> None:
+    """Raise ConfigError if a batch norm of stride 32 may see one value of each channel: one image
+    of up to 32 pixels. It cannot be trained with that."""
+    norms = {"--norm gn": cfg.norm, "--mask-norm gn": cfg.mask_norm}
+    norms = [remedy for remedy, norm in norms.items() if norm == "bn"]
+    if not norms or cfg.batch_size > world_size * cfg.accumulate:
+        return
+    geometry = dataset.geometry
+    for height, width in {(image["height"], image["width"]) for image in dataset.images}:
+        for short, factor in itertools.product(geometry.sizes, geometry.scales or (0.0,)):
+            size = resized_size(height, width, short, geometry.max_size, factor)
+            if min(max(size), geometry.crop or math.inf) <= 32:
+                raise ConfigError(
+                    f"batch norm cannot learn from one image of {size[1]}x{size[0]} pixels at a"
+                    f" time: use {' '.join(norms)}, or more than one image per process and part"
+                )
 
 
 # --- the data sets of a configuration -------------------------------------------------------------

@@ -46,7 +46,11 @@ def init_distributed(device: Literal["auto", "cuda", "cpu"] = "auto") -> torch.d
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         # Both backends on GPUs: objects and barriers then travel over the CPU, not through the GPU.
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        # After a restart torchrun's store still has the addresses of the processes before.
+        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+        options = dict(store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+        dist.init_process_group(backend, **options)
     return torch.device(device, local_rank) if device == "cuda" else torch.device("cpu")
 
 
@@ -92,6 +96,14 @@ def broadcast_buffers(module: nn.Module) -> None:
     if _has_group():
         for buffer in module.buffers():
             dist.broadcast(buffer, src=0)
+
+
+def from_main(value: Any) -> Any:
+    """Rank 0's value, on every rank. A value is anything that can be pickled."""
+    values = [value]
+    if _has_group():
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def gather_objects(value: Any) -> list[Any] | None:

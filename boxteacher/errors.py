@@ -1,20 +1,80 @@
-"""Errors that the user can solve, and how a program reports them."""
+"""Errors that the user can solve, and how a program ends.
+
+Exit codes: 0 done, 1 an error, 75 stopped by a signal and saved (sysexits.h's "try again later"),
+130 interrupted, 141 nobody reads the output any more.
+"""
 
 from __future__ import annotations
 
+import io
+import os
+import select
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
 
 
 class UserError(Exception):
     """The base of all errors with a message for the user: one line with what, where, what to do."""
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal has ended the run, and all of it is saved."""
+
+
 def run(main: Callable[[], object]) -> None:
-    """Run a program. A UserError ends it with its message instead of a traceback."""
+    """Run a program. What the user can solve or has asked for ends it with one line instead of a
+    traceback. Of torchrun's processes on a machine only the first to fail speaks."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  # closed by the caller
+    if isinstance(sys.stdout, io.TextIOWrapper):  # print names that the terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+        try:
+            main()
+        finally:
+            sys.stdout.flush()
+    except Stopped as stop:
+        end(75, str(stop))
     except KeyboardInterrupt:
-        sys.exit("interrupted")
+        end(130, "interrupted")
+    except UserError as error:
+        end(1, f"error: {error}")
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and stdout_is_broken():  # train.py --list | head
+            sys.exit(141)
+        if "TORCHELASTIC_ERROR_FILE" in os.environ and "by peer" in str(error):  # gloo's words
+            end(1, "error: another process of this run has ended; torchrun says which and how")
+        if isinstance(error, OSError) and error.filename is not None:
+            end(1, f"error: {error.filename}: {error.strerror}")
+        if not is_first_to_fail():
+            sys.exit(1)
+        raise
+
+
+def end(code: int, message: str) -> NoReturn:
+    if is_first_to_fail():
+        print(message, file=sys.stderr)
+    sys.exit(code)
+
+
+def is_first_to_fail() -> bool:
+    """Whether no other process of torchrun on this machine has failed before. torchrun gives each
+    of them a file, in folders next to each other."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    try:
+        if file:
+            (Path(file).parent.parent / "failed").touch(exist_ok=False)
+    except OSError as error:
+        return not isinstance(error, FileExistsError)
+    return True
+
+
+def stdout_is_broken() -> bool:
+    """Whether nobody reads it. Then what is left to write goes nowhere."""
+    reader = select.poll()
+    reader.register(sys.stdout.fileno(), 0)
+    is_broken = bool(reader.poll(0))
+    if is_broken:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return is_broken

@@ -1,26 +1,49 @@
-"""Stops a run whose losses are not finite."""
+"""Ends a run early: at a loss that is not finite, and at SIGTERM or SIGINT. All ranks end after the
+same step."""
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import distributed
-from .errors import UserError
+from .errors import Stopped, UserError
 
 
 class DivergedError(UserError):
     """A loss is not a finite number."""
 
-    def __init__(self, step: int, message: str) -> None:
-        super().__init__(message)
+    def __init__(self, step: int, where: str) -> None:
+        super().__init__(
+            f"step {step}: loss not finite: {where}; the weights before this step are in the run's"
+            " diverged.pt; try a lower --lr, a longer --warmup-steps or --clip-grad 10"
+        )
         self.step = step
 
 
-class FiniteGuard:
-    """Stops all ranks if a loss of any rank is not finite, before it has changed any weight.
+class Watched(NamedTuple):
+    """A step whose outcome is on its way to the CPU."""
+
+    step: int
+    names: list[str]  # of the losses
+    image_ids: list[int]
+    losses: Tensor  # of this rank
+    is_bad: Tensor  # of any rank
+    stops: Tensor  # whether a signal has reached any rank
+
+
+class RunGuard:
+    """Ends all ranks if a loss of any rank is not finite, before it has changed any weight, or if a
+    signal has reached any rank.
 
     The device itself decides whether the optimizer skips the step: fused optimizers look at
     `found_inf`, which is made for loss scaling. The CPU reads the decision one step later, so it
@@ -28,29 +51,87 @@ class FiniteGuard:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.optimizer = optimizer
-        self.watched: tuple[int, list[str], list[int], Tensor, Tensor] | None = None
+        self.optimizer, self.signals = optimizer, StopSignals()
+        self.watched: Watched | None = None
         self.arrived: torch.cuda.Event | None = None
 
     def watch(self, step: int, losses: dict[str, Tensor], image_ids: list[int]) -> None:
         """To be called between the backward pass and the optimizer's step."""
         values = torch.stack(list(losses.values()))
-        is_bad = ~distributed.reduce_mean(values).isfinite().all()
+        signaled = values.new_full((1,), self.signals.received)
+        means = distributed.reduce_mean(torch.cat([values, signaled]))
+        is_bad, stops = ~means[:-1].isfinite().all(), means[-1] > 0
         self.optimizer.found_inf = is_bad.float()
-        mine, is_bad = (t.to("cpu", non_blocking=True) for t in (values, is_bad))
-        self.watched = step, list(losses), image_ids, mine, is_bad
+        outcome = (t.to("cpu", non_blocking=True) for t in (values, is_bad, stops))
+        self.watched = Watched(step, list(losses), image_ids, *outcome)
         if values.is_cuda:
             self.arrived = torch.cuda.Event()
             self.arrived.record()
 
     def raise_if_bad(self) -> None:
         """Raise DivergedError if the step that was watched last was bad."""
-        if self.watched is None:
-            return
+        if (last := self._last()) and last.is_bad:
+            losses = zip(last.names, last.losses.tolist(), strict=True)
+            bad = [name for name, value in losses if not math.isfinite(value)]
+            ids = f"{', '.join(bad)} for image ids {last.image_ids}" if bad else ""
+            where = filter(None, distributed.from_main(distributed.gather_objects(ids)))
+            raise DivergedError(last.step, "; ".join(where))
+
+    def must_stop(self) -> bool:
+        """Whether a signal had reached any rank by the step that was watched last. Raises
+        DivergedError if that step was bad."""
+        self.raise_if_bad()
+        return bool((last := self._last()) and last.stops)
+
+    def _last(self) -> Watched | None:
         if self.arrived is not None:
             self.arrived.synchronize()
-        step, names, image_ids, mine, is_bad = self.watched
-        if is_bad:
-            bad = [n for n, v in zip(names, mine.tolist(), strict=True) if not math.isfinite(v)]
-            where = f"{', '.join(bad)} for image ids {image_ids}" if bad else "on another rank"
-            raise DivergedError(step, f"step {step}: loss not finite: {where}")
+        return self.watched
+
+
+class StopSignals:
+    """While it is entered, SIGTERM and SIGINT are only noted: a run goes on until it is saved. In
+    `at_once` all is saved, and they end it with Stopped. A second signal ends the process in any
+    case, as without this class.
+    """
+
+    MESSAGE = "stopped, and all of it is saved: the same command with --resume goes on"
+    ONE_SIGNAL = 2.0  # seconds: Slurm and torchrun may send the same signal both
+
+    def __init__(self) -> None:
+        self.received, self.since, self.is_saved = False, 0.0, False
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def stopped(self) -> Stopped:
+        return Stopped(self.MESSAGE)
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        self.is_saved = True
+        if self.received:
+            raise self.stopped()
+        yield
+        self.is_saved = False
+
+    def _note(self, number: int, _: object) -> None:
+        now = time.monotonic()
+        if self.received and now - self.since > self.ONE_SIGNAL:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        if not self.received:
+            self.received, self.since = True, now
+            if distributed.is_main() and not self.is_saved:
+                name = signal.Signals(number).name
+                text = f"\n{name}: the run stops after this step; a second signal ends it at once\n"
+                os.write(sys.stderr.fileno(), text.encode())
+        if self.is_saved:
+            raise self.stopped()

@@ -158,20 +158,25 @@ PRESETS |= {
 
 
 def from_preset(preset: str, **given: Any) -> Config:
-    """The configuration of a preset, with the `given` fields replaced. It is checked.
-
-    Some fields follow others, unless they are given too. `mode` changes those in which its
-    published recipe differs from that of the preset's mode (MODES). `steps` moves `lr_drops` in
-    proportion. If it makes the run shorter, it also makes both warm-ups shorter, because masks stay
-    boxes while the weak losses warm up.
-    """
+    """The configuration of a preset, with the `given` fields replaced (see `override`)."""
     if preset not in PRESETS:
         raise ConfigError(f"no preset {preset!r}{nearest(preset, PRESETS)} (--list shows all)")
     config = dataclasses.replace(Config(preset=preset), **PRESETS[preset].changes)
+    return override(config, **given)
+
+
+def override(config: Config, **given: Any) -> Config:
+    """`config` with the `given` fields replaced. It is checked.
+
+    Some fields follow others, unless they are given too. `mode` changes those in which its
+    published recipe differs from that of the config's mode (MODES). `steps` moves `lr_drops` in
+    proportion. If it makes the run shorter, it also makes both warm-ups shorter, because masks stay
+    boxes while the weak losses warm up.
+    """
     files = [f for f in ("train_json", "train_images", "val_json", "val_images") if f in given]
     if files and given.get("dataset", config.dataset) == "shapes":
         raise ConfigError(
-            f"{files[0]}: preset {preset} generates its images and reads no files;"
+            f"{files[0]}: preset {config.preset} generates its images and reads no files;"
             " start from preset nuclei, photos (both small) or coco_boxteacher_r50_1x (GPUs)"
         )
 

@@ -23,12 +23,21 @@ from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 from torchvision.ops import box_iou
 
-from .checkpoint import FORMAT, CheckpointError, check_fit, load_weights, read_file, save_checkpoint
+from .checkpoint import (
+    FORMAT,
+    Checkpoint,
+    CheckpointError,
+    check_fit,
+    load_weights,
+    read_file,
+    save_checkpoint,
+)
 from .command_line import Parser
 from .config import Config
 from .data import Batch
 from .errors import run
 from .fcos import Detections
+from .files import whole_file
 from .model import CondInst, Encoded, Size, build_model, scale_boxes
 from .presets import from_preset
 from .pseudo_labels import take_assigned
@@ -392,34 +401,54 @@ def export_published(state: Mapping[str, Any]) -> dict[str, Tensor]:
 # --- where training starts ------------------------------------------------------------------------
 
 
-def load_initial_weights(model: CondInst, cfg: Config) -> None:
+CLASS_LAYERS = ("head.class_logits.weight", "head.class_logits.bias")  # a row for each class
+
+
+def load_initial_weights(
+    model: CondInst, cfg: Config, class_names: Sequence[str] = ()
+) -> list[str]:
     """Load what training starts from: the checkpoint `cfg.init`, else the backbone in
     `cfg.backbone_weights`, else torchvision's backbone (`cfg.pretrained`), else nothing.
 
-    The rest of the model keeps its random values. Raises CheckpointError if a file cannot be read
-    or does not fit, and leaves the model as it was.
+    The rest of the model keeps its random values. With `class_names`, classes of the checkpoint
+    `cfg.init` are carried over by name, and notes say which. Without, there must be as many. Raises
+    CheckpointError if a file cannot be read or does not fit, and leaves the model as it was.
     """
     body, name, path = model.backbone.body, cfg.backbone, cfg.backbone_weights
+    notes: list[str] = []
     if cfg.init:
-        load_weights(model, _read_init(cfg, model.state_dict()), cfg.init)
+        weights, notes = _read_init(cfg, model.state_dict(), class_names)
+        load_weights(model, weights, cfg.init)
     elif path:
         load_backbone(body, name, read_backbone(path), path)
     elif cfg.pretrained:
         load_backbone(body, name, download_backbone(name), "torchvision's weights")
+    return notes
 
 
-def _read_init(cfg: Config, model_state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The teacher of the checkpoint `cfg.init` if it has one, else its student. It is one of ours,
-    or a published one. Two variants do not show in the shapes of weights. They are compared here.
+def _read_init(
+    cfg: Config, model_state: Mapping[str, Tensor], class_names: Sequence[str]
+) -> tuple[Mapping[str, Tensor], list[str]]:
+    """The teacher of the checkpoint `cfg.init` if it has one, else its student, and notes.
+
+    The checkpoint is one of ours or a published one. Two variants do not show in the shapes of
+    weights. They are compared here.
     """
     path, content = cfg.init, read_file(cfg.init)
     if content.get("format") == FORMAT:
+        content = Checkpoint(path, content)
         fields, weights = content.get("config", {}), content["teacher"] or content["student"]
+        known = content.get("class_names", ())
     else:
         networks = split_networks(content, path)
-        fields, _ = describe(networks, path)
+        fields, num_classes = describe(networks, path)
+        known = tuple(COCO_CLASSES.values()) if num_classes == len(COCO_CLASSES) else ()
         theirs = networks.get("teacher") or networks["model"]
-        weights, _ = fit_network(theirs, model_state, path)
+        wanted = {**model_state}
+        if known and class_names:
+            sizes = {name: (num_classes, *wanted[name].shape[1:]) for name in CLASS_LAYERS}
+            wanted |= {name: wanted[name].new_zeros(size) for name, size in sizes.items()}
+        weights, _ = fit_network(theirs, wanted, path)
     for field in ("stride_in_1x1", "pixel_format"):
         given = getattr(cfg, field)
         wanted = fields.get(field, given)
@@ -427,7 +456,38 @@ def _read_init(cfg: Config, model_state: Mapping[str, Tensor]) -> Mapping[str, T
             options = {True: "--stride-in-1x1", False: "--no-stride-in-1x1"}
             option = options.get(wanted, f"--pixel-format {wanted}")
             raise CheckpointError(f"{path}: made for {field}={wanted}, not {given}: add {option}")
-    return weights
+    return _carry_classes(weights, model_state, known, class_names, path)
+
+
+def _carry_classes(
+    weights: Mapping[str, Tensor],
+    model_state: Mapping[str, Tensor],
+    known: Sequence[str],
+    wanted: Sequence[str],
+    path: str,
+) -> tuple[Mapping[str, Tensor], list[str]]:
+    """`weights` with the rows of `known` classes put where the `wanted` ones have them. Other rows
+    are those of the model as it is. Unless both are given and differ, nothing changes."""
+    if not known or not wanted or list(known) == list(wanted):
+        return weights, []
+    weights, both = dict(weights), [name for name in wanted if name in known]
+    to, of = [wanted.index(name) for name in both], [known.index(name) for name in both]
+    for layer in CLASS_LAYERS:
+        rows, mine = weights.get(layer), model_state[layer].clone()
+        if rows is not None and rows.shape == (len(known), *mine.shape[1:]):  # else: check_fit
+            mine[to] = rows[of].to(mine)
+            weights[layer] = mine
+    kinds = {
+        "carried over by name": both,
+        "new": [name for name in wanted if name not in known],
+        "not used": [name for name in known if name not in wanted],
+    }
+    lists = [f"{len(names)} {kind} ({_some(names)})" for kind, names in kinds.items() if names]
+    return weights, [f"init: {path}: classes: {', '.join(lists)}"]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + ", ..." * (len(names) > 8)
 
 
 # --- pseudo masks as the published code makes them ------------------------------------------------
@@ -480,7 +540,9 @@ def main(argv: Sequence[str]) -> None:
     source, target = options.source, options.target
     content = read_file(source)
     if content.get("format") == FORMAT:
-        torch.save({"model": export_published(content)}, target)
+        content = Checkpoint(source, content)
+        with whole_file(target) as file:
+            torch.save({"model": export_published(content)}, file)
         print(f"{target}: {source} under published names")
         return
     state = import_published(source, given.pop("preset", ""), **given)

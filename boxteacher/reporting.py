@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -20,7 +22,8 @@ from tqdm import tqdm
 
 from . import distributed
 from .config import Config
-from .data import CocoDataset, collate
+from .data import CocoDataset, collate, make_val_set
+from .files import WriteError, whole_file, write_text
 from .model import CondInst, Instances, scale_boxes
 from .pseudo_labels import assign_to_boxes
 from .visualize import (
@@ -43,9 +46,16 @@ class RunLog:
     def __init__(self, path: Path, cfg: Config, start: int) -> None:
         self.batch_size = cfg.batch_size
         self.path = path if distributed.is_main() else None
-        if self.path and path.exists():  # drop what an interrupted run wrote after its checkpoint
-            lines = path.read_text().splitlines(keepends=True)
-            path.write_text("".join(x for x in lines if start and json.loads(x)["step"] <= start))
+        self.evaluated = -1  # the step of the last evaluation
+        self.tables: dict[str, Any] = {}  # of this evaluation
+        self.best_ap = -1.0  # of all evaluations
+        if self.path:  # drop what an interrupted run wrote after its checkpoint
+            lines = [line for line in read_lines(path) if 0 < line["step"] <= start]
+            write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+            for line in lines:
+                if isinstance(tables := line.get("evaluation"), dict):
+                    self._remember(line["step"], tables)
+        self.evaluated = distributed.from_main(self.evaluated)
         self.bar = tqdm(
             total=cfg.steps,
             initial=start,
@@ -86,9 +96,14 @@ class RunLog:
             )
             self.last_said = self.started
 
-    def evaluation(self, step: int, tables: Mapping[str, Any], seconds: float) -> None:
+    def evaluation(self, step: int, tables: dict[str, Any], seconds: float) -> None:
         self._write({"step": step, "evaluation": tables, "evaluation_s": seconds})
+        self._remember(step, tables)
         self.started, self.since = time.perf_counter(), step
+
+    def _remember(self, step: int, tables: dict[str, Any]) -> None:
+        self.evaluated, self.tables = step, tables
+        self.best_ap = max(self.best_ap, headline_ap(tables))
 
     def say(self, text: str) -> None:
         if distributed.is_main():
@@ -100,8 +115,30 @@ class RunLog:
 
     def _write(self, line: dict[str, Any]) -> None:
         if self.path:
-            with open(self.path, "a") as file:
-                file.write(json.dumps({k: _json_value(v) for k, v in line.items()}) + "\n")
+            try:
+                with open(self.path, "a") as file:
+                    file.write(json.dumps({k: _json_value(v) for k, v in line.items()}) + "\n")
+            except OSError as error:
+                raise WriteError(self.path, error) from None
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl. What is no such line is left out: a crash or a full disk may
+    leave an unfinished one."""
+    lines = []
+    with contextlib.suppress(FileNotFoundError):
+        for text in path.read_text(errors="replace").splitlines():
+            with contextlib.suppress(ValueError, RecursionError):
+                line = json.loads(text)
+                if isinstance(line, dict) and type(line.get("step")) is int:
+                    lines.append(line)
+    return lines
+
+
+def headline_ap(tables: Mapping[str, Any]) -> float:
+    """Mask AP if it was measured, else box AP. -1 if there was nothing to find."""
+    ap = tables.get("segm", tables.get("bbox", {})).get("AP")
+    return -1.0 if ap is None else ap
 
 
 def _json_value(value: Any) -> Any:
@@ -109,6 +146,12 @@ def _json_value(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.6g}") if value == value else None
     return value
+
+
+def say_notes(notes: Iterable[str], kind: str = "warning") -> None:
+    if distributed.is_main():
+        for note in notes:
+            print(f"{kind}: {note}", file=sys.stderr)
 
 
 def final_summary(cfg: Config, out: Path, tables: dict[str, Any], minutes: float) -> str:
@@ -127,6 +170,7 @@ def final_summary(cfg: Config, out: Path, tables: dict[str, Any], minutes: float
     lines += [
         f"  {out / 'contact_sheet.png'}: boxes, pseudo masks, predictions, truth",
         f"  {out / 'last.pt'}: weights",
+        *([f"  {out / 'best.pt'}: weights of the best AP"] if (out / "best.pt").exists() else []),
         f"  {out / 'metrics.jsonl'}: losses and metrics over time",
         f"  {out / 'config.json'}: the whole configuration",
     ]
@@ -136,6 +180,19 @@ def final_summary(cfg: Config, out: Path, tables: dict[str, Any], minutes: float
             f"The tables again: python evaluate.py --checkpoint {out / 'last.pt'}",
         ]
     return "\n".join(lines)
+
+
+def write_contact_sheet(
+    path: Path, model: CondInst, train_set: CocoDataset, val_set: CocoDataset | None
+) -> None:
+    """The sheet of validation images, or without these of training images, whole, not flipped."""
+    if val_set is None:
+        files = dict(val_json=model.cfg.train_json, val_images=model.cfg.train_images)
+        val_set = make_val_set(dataclasses.replace(model.cfg, **files))
+        val_set.take_classes(train_set.class_names, train_set.category_ids, train_set.name)
+    sheet = make_contact_sheet(model, val_set, next(model.parameters()).device)
+    with whole_file(path) as file:
+        sheet.save(file, "png")
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import torch
 from torch.testing import assert_close
 
 import train
+from boxteacher import run_folder
 from boxteacher.checkpoint import load_checkpoint
 from boxteacher.command_line import parse
 from boxteacher.config import Config, ConfigError
@@ -27,8 +28,13 @@ SAME = """shapes --shapes-train 1 --no-flip --norm gn --mask-norm gn --shapes-si
 def run(folder, *words) -> tuple[list[dict], dict]:
     """(metrics of the steps, checkpoint) of a run."""
     folder.mkdir(exist_ok=True)
-    cfg = parse([*SAME, *map(str, words)])
-    train.train(cfg, folder, torch.device("cpu"), make_train_set(cfg), make_val_set(cfg))
+    cfg = parse([*SAME, "--out", str(folder), *map(str, words)])
+    train_set = make_train_set(cfg)
+    checkpoint = run_folder.load_last(cfg, train_set) if cfg.resume else None
+    state = train.make_state(cfg, len(train_set.class_names), torch.device("cpu"))
+    if checkpoint:
+        train.restore(state, checkpoint)
+    train.train(state, folder, train_set, make_val_set(cfg))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     lines = [m for m in lines if "loss" in m]
     lines = [{k: v for k, v in m.items() if k != "images_per_s" and v is not None} for m in lines]

@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "shapes": ({"numpy", "PIL"}, set()),
     # settings
     "errors": (set(), set()),
+    "files": (set(), {"errors"}),
     "config": (set(), {"errors"}),
     "presets": (set(), {"config"}),
     "command_line": (set(), {"config", "presets"}),
@@ -48,22 +49,23 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         ALONE | {"coco", "config", "data", "distributed", "transforms"},
     ),
     # around it
-    "checkpoint": ({"torch", "numpy"}, {"config", "errors", "model"}),
+    "checkpoint": ({"torch", "numpy"}, {"config", "errors", "files", "model"}),
     "published": (
         {"torch", "torchvision", "numpy"},
-        {"checkpoint", "command_line", "config", "errors", "presets"}
+        {"checkpoint", "command_line", "config", "errors", "files", "presets"}
         | {"data", "fcos", "model", "pseudo_labels"},
     ),
     "coco_eval": (
         {"torch", "numpy", "pycocotools", "tqdm"},
-        {"coco", "data", "distributed", "errors", "model"},
+        {"coco", "data", "distributed", "errors", "files", "model"},
     ),
     "guard": ({"torch"}, {"distributed", "errors"}),
     "visualize": ({"torch", "numpy", "PIL"}, set()),
     "reporting": (
         {"torch", "torchvision.ops", "tqdm", "PIL"},
-        {"config", "data", "distributed", "model", "pseudo_labels", "visualize"},
+        {"config", "data", "distributed", "files", "model", "pseudo_labels", "visualize"},
     ),
+    "run_folder": (set(), {"checkpoint", "config", "data", "files", "reporting"}),
 }
 TOP_LEVEL = {
     *("boxteacher", "tests", "docs", "train.py", "evaluate.py"),

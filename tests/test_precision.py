@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import train
 from boxteacher.command_line import parse
 from boxteacher.data import Batch
-from boxteacher.guard import FiniteGuard
+from boxteacher.guard import RunGuard
 from boxteacher.mask_head import dynamic_mask_logits
 
 torch.set_num_threads(1)
@@ -42,7 +42,7 @@ def make_states(cfg, device: str) -> tuple[train.State, train.State]:
     parameters = double.student.parameters()
     options = dict(lr=0.1, momentum=0.9, weight_decay=1e-4, fused=True)
     double.optimizer = torch.optim.SGD(parameters, **options)
-    double.guard, double.model = FiniteGuard(double.optimizer), double.student
+    double.guard, double.model = RunGuard(double.optimizer), double.student
     train.speed_up(single)
     return single, double
 

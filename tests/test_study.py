@@ -163,7 +163,7 @@ def test_a_killed_study_goes_on_where_it_stopped(tmp_path):
     refused = start(tmp_path, "--seeds", "5").communicate(timeout=120)
     killed.send_signal(signal.SIGTERM)
     out, err = killed.communicate(timeout=60)
-    assert killed.returncode == 1
+    assert killed.returncode == 130
     assert err == "interrupted\n"
     assert "4 of 6, " in out
     assert " min left: " in out

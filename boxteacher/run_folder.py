@@ -1,0 +1,108 @@
+"""The folder of a run: where it is, what goes on there, and that one run alone writes to it."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import itertools
+import os
+from pathlib import Path
+
+from .checkpoint import Checkpoint, load_checkpoint
+from .config import Config, ConfigError, changes_on_resume, from_dict
+from .data import CocoDataset
+from .files import WriteError
+from .reporting import say_notes
+
+
+def name_of(cfg: Config) -> Path:
+    return Path(cfg.out or f"runs/{cfg.preset}")
+
+
+def read_run(folder: str) -> Config:
+    """The configuration of the run in `folder`, to go on with it."""
+    path = Path(folder) / "last.pt"
+    if not os.path.isfile(path):
+        raise ConfigError(f"resume: {folder} holds no last.pt to go on from; say --out FOLDER")
+    return from_dict(load_checkpoint(path)["config"], str(path))
+
+
+def load_last(cfg: Config, train_set: CocoDataset) -> Checkpoint:
+    """The checkpoint to go on from. It says what has changed since, and gives the classes of the
+    data the run's labels. Raises ConfigError, CheckpointError or DataError for another run."""
+    checkpoint = load_checkpoint(name_of(cfg) / "last.pt")
+    path, step = checkpoint.path, checkpoint["step"]
+    say_notes(changes_on_resume(from_dict(checkpoint["config"], str(path)), cfg), "note")
+    if step > cfg.steps:
+        raise ConfigError(f"resume: {path} has {step} steps already; give --steps {step} or more")
+    num_images = checkpoint.get("num_images", len(train_set))
+    if num_images != len(train_set):
+        raise ConfigError(
+            f"resume: {path} was trained on {num_images} images with boxes, {train_set.name} has"
+            f" {len(train_set)}; for a new run that starts from its weights give --init {path}"
+        )
+    classes = checkpoint["class_names"], checkpoint["category_ids"]
+    say_notes(train_set.take_classes(*classes, str(path)))
+    return checkpoint
+
+
+def resume_after_restart(cfg: Config) -> Config:
+    """torchrun (--max-restarts) and Slurm (requeue) start the same command once more. Then it goes
+    on with its run, if that has saved anything. Without --out that is the last name taken.
+    """
+    counters = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    if all(os.environ.get(name, "0") == "0" for name in counters):
+        return cfg
+    out = name_of(cfg)
+    if not cfg.out:
+        later = (Path(f"{out}_{number}") for number in itertools.count(2))
+        out = [out, *itertools.takewhile(Path.exists, later)][-1]
+    return dataclasses.replace(cfg, out=str(out), resume=os.path.isfile(out / "last.pt"))
+
+
+def refuse_taken(cfg: Config) -> None:
+    """Raise ConfigError unless a run may write to --out, or there is one for --resume."""
+    has_run = os.path.isfile(name_of(cfg) / "last.pt")
+    if cfg.resume and not has_run:
+        read_run(str(name_of(cfg)))
+    if cfg.out and has_run and not cfg.resume:
+        raise ConfigError(
+            f"out: {cfg.out} already holds a run; go on with --resume or choose another --out"
+        )
+
+
+def claim(cfg: Config) -> Path:
+    """Make the folder and lock it. Without --out a new run takes the next free name.
+
+    The lock is held until this process ends, however it ends. It is a POSIX lock of the file .lock:
+    child processes do not inherit it, and NFS knows it. A file system without locks is used without
+    one. Raises ConfigError if another process has the lock.
+    """
+    out = name_of(cfg)
+    try:
+        if cfg.out or cfg.resume:
+            out.mkdir(parents=True, exist_ok=True)
+        else:
+            later = (Path(f"{out}_{number}") for number in itertools.count(2))
+            out = next(path for path in itertools.chain([out], later) if make_new(path))
+        file = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)  # never closed
+    except OSError as error:
+        raise WriteError(out, error) from None
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ConfigError(
+            f"out: another run is writing to {out}; wait for its end or choose another --out"
+        ) from None
+    except OSError:
+        os.close(file)
+    return out
+
+
+def make_new(folder: Path) -> bool:
+    """Make a folder. False if it exists, made by another run perhaps."""
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    return True
