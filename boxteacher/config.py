@@ -259,7 +259,7 @@ MEANING = """mode dataset shapes_train shapes_size backbone norm freeze_at strid
     pixel_format fpn_channels tower_convs mask_branch_channels mask_branch_convs mask_channels
     size_unit mask_norm batch_size accumulate optimizer seed""".split()
 # These change nothing in what is learned from here on.
-CHOICES = """preset workers pretrained backbone_weights eval_every device compile checkpoint_every
+CHOICES = """preset metric workers pretrained backbone_weights eval_every device compile checkpoint_every
     log_every init resume out""".split()
 
 
