@@ -372,7 +372,8 @@ def main() -> None:
         except OSError as error:
             raise ConfigError(f"out: cannot write to {out} ({error.strerror})") from None
 
-        print(f"{cfg.mode}: {len(train_set)} images, {cfg.steps} steps, to {out}", flush=True)
+        masks = f", {train_set.num_masks()} boxes have masks" if cfg.use_masks else ""
+        print(f"{cfg.mode}: {len(train_set)} images{masks}, {cfg.steps} steps, to {out}", flush=True)
     tables = train(cfg, out, device, train_set, val_set)
     if distributed.is_main():
         print(final_summary(cfg, out, tables, (time.perf_counter() - started) / 60))

@@ -94,6 +94,7 @@ class Config:
     mask_threshold: float = 0.5  # tau_m: least probability inside a pseudo mask
     iou_threshold: float = 0.5  # tau_iou: least IoU of a detection with the box that takes its mask
     score_threshold: float = 0.0  # tau_c: least score of a pseudo mask
+    use_masks: bool = False  # boxteacher: true masks replace the teacher's, where there are some
     published_score: bool = False  # pseudo masks as the published code makes them
     max_mask_locations: int = 64  # that learn a mask, per image; condinst: per rank, at random
     ema_momentum: float = 0.999  # of the teacher's moving average
@@ -221,6 +222,8 @@ def problems(config: Config) -> Iterator[str]:
     for field in ("stride_in_1x1", "deformable"):
         if getattr(c, field) and c.backbone not in ("resnet50", "resnet101"):
             yield f"{field} is for bottlenecks: use resnet50 or resnet101, not {c.backbone}"
+    if c.use_masks and c.mode != "boxteacher":
+        yield f"use_masks is for mode boxteacher, not {c.mode} (condinst needs all masks)"
     if c.resume and c.init:
         yield "init starts a run, resume goes on with one: give only one"
 

@@ -122,6 +122,11 @@ class CocoDataset(Dataset):
         counts = ((empty, "images without a box"), (crowds, "crowd annotations"))
         return [f"{self.name}: training leaves out {n} {what}" for n, what in counts if n]
 
+    def num_masks(self) -> str:
+        """How many boxes have a true mask: "3 of 10"."""
+        given = [bool(a.get("segmentation")) for of_image in self.annotations for a in of_image]
+        return f"{sum(given)} of {len(given)}"
+
     def true_masks(self, index: int, size: tuple[int, int]) -> Iterator[Tensor]:
         """The true masks of image `index`, bool [h, w] of the whole image at `size`, one by one in
         the order of its boxes. A mask that is not annotated is empty."""

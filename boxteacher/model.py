@@ -140,9 +140,10 @@ class CondInst(nn.Module):
         reliable = [(h - cut, w) for (h, w), cut in zip(batch.sizes, batch.cut_rows, strict=True)]
         rows, columns = (side // 4 for side in images.shape[-2:])
         inside_image = losses.inside_masks(reliable, rows, columns, images.device)
+        of_teacher, pseudo = pseudo, with_true_masks(pseudo, batch) if cfg.use_masks else pseudo
         sums, metrics = self.loss_sums(encoded, batch, inside_image, pseudo)
-        if pseudo is not None:
-            metrics |= pseudo_mask_metrics(pseudo, batch)
+        if of_teacher is not None:
+            metrics |= pseudo_mask_metrics(of_teacher, batch)
 
         dtype = encoded.predictions.class_logits.dtype
         counts = reduce_mean(torch.stack([count.to(dtype) for _, count in sums.values()]))
@@ -373,6 +374,13 @@ def pseudo_losses(
         "pseudo_mask": (sampled.total(trust * dice), num_trusted),
         "pseudo_affinity": (sampled.total(trust * affinity), num_trusted),
     }
+
+
+def with_true_masks(pseudo: PseudoMasks, batch: Batch) -> PseudoMasks:
+    """Mixed supervision: a box that has a true mask learns from it, with weight 1, whatever the
+    teacher says. (Not in the paper.)"""
+    masks = torch.where(batch.has_mask[..., None, None], batch.masks, pseudo.masks)
+    return PseudoMasks(masks, torch.where(batch.has_mask, 1.0, pseudo.weights))
 
 
 @torch.no_grad()

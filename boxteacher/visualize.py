@@ -83,6 +83,48 @@ def draw_instances(
     return picture
 
 
+def paint_instance_map(
+    image: np.ndarray, ids: np.ndarray, colors: Sequence[Color], side: int
+) -> Image.Image:
+    """The image, uint8 RGB [h, w, 3], with a long side of `side` pixels, and color k - 1 where the
+    map `ids` [h, w] of whole numbers is k. 0 is background. Rims are firm. The cost does not depend
+    on the number of instances."""
+    picture = _fit(_to_pil(image), side)
+    rows = (np.arange(picture.height) + 0.5) * ids.shape[0] / picture.height
+    columns = (np.arange(picture.width) + 0.5) * ids.shape[1] / picture.width
+    ids = np.pad(ids[rows.astype(int)[:, None], columns.astype(int)], 2, mode="edge")
+    center = ids[2:-2, 2:-2]
+    others = (ids[:-4, 2:-2], ids[4:, 2:-2], ids[2:-2, :-4], ids[2:-2, 4:])
+    is_rim = np.any([center != other for other in others], axis=0)[..., None]
+    color = np.array([(0, 0, 0), *colors], dtype=np.float32)[center]
+    color, share = np.where(is_rim, (color + 255) / 2, color), np.where(is_rim, RIM, FILL)
+    gray = np.asarray(picture.convert("L"), dtype=np.float32)[..., None]
+    painted = np.where(center[..., None] > 0, gray + share * (color - gray), np.asarray(picture))
+    return Image.fromarray(painted.astype(np.uint8))
+
+
+def with_legend(picture: Image.Image, entries: Sequence[tuple[str, Color | None]]) -> Image.Image:
+    """The picture above a strip with texts, each after a patch of its color (None: no patch)."""
+    font, line, places, x, y = ImageFont.load_default(14), 22, [], GAP, GAP
+    draw = ImageDraw.Draw(picture)
+    for text, color in entries:
+        text, patch = _printable(text), 20 if color else 0
+        width = patch + round(draw.textlength(text, font)) + 2 * GAP
+        if x > GAP and x + width > picture.width:
+            x, y = GAP, y + line
+        places.append((x, y, patch, text, color))
+        x += width
+    whole = Image.new("RGB", (picture.width, picture.height + y + line), "white")
+    whole.paste(picture)
+    draw = ImageDraw.Draw(whole)
+    for x, y, patch, text, color in places:
+        y += picture.height
+        if color:
+            draw.rectangle((x, y, x + 14, y + 14), color)
+        draw.text((x + patch, y + 7), text, "black", font, "lm")
+    return whole
+
+
 def sheet_side(row_heights: Sequence[float], columns: int) -> int:
     """Long side of each picture on a sheet that fits a screen. row_heights: of each row's pictures,
     as a share of their long side."""
@@ -166,16 +208,20 @@ def _resize_mask(mask: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def _captions(labels: Numbers, class_names: Sequence[str], scores: Numbers | None) -> list[str]:
-    """Class and score of each instance, as far as there are several classes, and scores. Names are
-    cut, and control characters, escape codes and lone surrogates go."""
+    """Class and score of each instance, as far as there are several classes, and scores."""
     captions = []
     for i, label in enumerate(torch.as_tensor(labels).tolist()):
-        start = class_names[label][: 10 * MAX_NAME]
-        name = " ".join("".join(c if c.isprintable() else " " for c in start).split()) or "?"
-        name = name if len(name) <= MAX_NAME else name[: MAX_NAME - 3] + "..."
+        name = _printable(class_names[label])
         score = [f"{float(scores[i]):.2f}"] if scores is not None else []
         captions.append(" ".join([name] * (len(class_names) > 1) + score))
     return captions
+
+
+def _printable(name: str) -> str:
+    """A name without control characters, escape codes and lone surrogates, cut to MAX_NAME."""
+    start = name[: 10 * MAX_NAME]
+    name = " ".join("".join(c if c.isprintable() else " " for c in start).split()) or "?"
+    return name if len(name) <= MAX_NAME else name[: MAX_NAME - 3] + "..."
 
 
 def _draw_captions(

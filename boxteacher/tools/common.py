@@ -15,25 +15,26 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from boxteacher.checkpoint import load_model
+from boxteacher.checkpoint import load_checkpoint, load_weights
 from boxteacher.coco_eval import encode_masks
-from boxteacher.config import Config, validate
+from boxteacher.config import Config, from_dict, validate
 from boxteacher.distributed import init_distributed
-from boxteacher.model import CondInst
+from boxteacher.model import CondInst, build_model
 from boxteacher.transforms import View, resized_size
 
 T = TypeVar("T")
 SAY_EVERY = 30  # seconds between lines of progress where there is no terminal for a bar
 
 
-def load_network(path: str, given: dict[str, Any]) -> tuple[CondInst, list[str]]:
-    """The network of a checkpoint (the teacher where there is one) and its class names. `given`
-    replaces fields of its configuration, `model.cfg`."""
-    device = init_distributed(given.get("device", "auto"))
-    model, class_names = load_model(path, device)
-    model.cfg = dataclasses.replace(model.cfg, **given)
-    validate(dataclasses.replace(model.cfg, resume=False, init=path))  # the weights are there
-    return model, class_names
+def load_network(path: str, given: dict[str, Any]) -> tuple[CondInst, dict[str, Any]]:
+    """The network of a checkpoint, the teacher where there is one, ready to predict; and the
+    checkpoint. `given` replaces fields of the configuration."""
+    device, state = init_distributed(given.get("device", "auto")), load_checkpoint(path)
+    cfg = dataclasses.replace(from_dict(state["config"], path), **given)
+    validate(dataclasses.replace(cfg, resume=False, init=path))  # the weights are there
+    model = build_model(cfg, len(state["class_names"]))
+    load_weights(model, state["teacher"] or state["student"], path)
+    return model.to(device).eval(), state
 
 
 def test_view(size: tuple[int, int], cfg: Config) -> View:
