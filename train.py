@@ -373,7 +373,9 @@ def main() -> None:
             raise ConfigError(f"out: cannot write to {out} ({error.strerror})") from None
 
         masks = f", {train_set.num_masks()} boxes have masks" if cfg.use_masks else ""
-        print(f"{cfg.mode}: {len(train_set)} images{masks}, {cfg.steps} steps, to {out}", flush=True)
+        print(
+            f"{cfg.mode}: {len(train_set)} images{masks}, {cfg.steps} steps, to {out}", flush=True
+        )
     tables = train(cfg, out, device, train_set, val_set)
     if distributed.is_main():
         print(final_summary(cfg, out, tables, (time.perf_counter() - started) / 60))

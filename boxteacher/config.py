@@ -118,6 +118,7 @@ class Config:
 
 FIELDS: dict[str, Any] = typing.get_type_hints(Config)  # name -> type
 LR_IMAGES = 16  # SGD: `lr` is for a step of so many images
+USUAL_LR = {"sgd": (0.01, 0.01), "adamw": (1e-4, 1e-3)}  # for LR_IMAGES; the published 0.01, 1e-4
 
 
 # --- words: the values on the command line --------------------------------------------------------
@@ -237,6 +238,14 @@ def warnings(config: Config) -> list[str]:
         lines.append(
             f"lr={c.lr} is for {LR_IMAGES} images: with batch_size={c.batch_size} the learning rate"
             f" is {c.lr * c.batch_size / LR_IMAGES:g}"
+        )
+    root = 1.0 if c.optimizer == "sgd" else (c.batch_size / LR_IMAGES) ** 0.5
+    low, high = (rate * root for rate in USUAL_LR[c.optimizer])
+    if not low / 4 <= c.lr <= 4 * high:
+        usual = f"{low:.2g}" if low == high else f"{low:.2g} to {high:.2g}"
+        lines.append(
+            f"lr={c.lr} is far from what is usual with {c.optimizer} and batch_size={c.batch_size}:"
+            f" {usual}" + " (it is scaled with the batch size)" * (c.optimizer == "sgd")
         )
     if c.mode != "condinst" and 2 * c.weak_warmup_steps > c.steps:
         lines.append(

@@ -140,10 +140,11 @@ class CondInst(nn.Module):
         reliable = [(h - cut, w) for (h, w), cut in zip(batch.sizes, batch.cut_rows, strict=True)]
         rows, columns = (side // 4 for side in images.shape[-2:])
         inside_image = losses.inside_masks(reliable, rows, columns, images.device)
-        of_teacher, pseudo = pseudo, with_true_masks(pseudo, batch) if cfg.use_masks else pseudo
+        of_teacher = {} if pseudo is None else pseudo_mask_metrics(pseudo, batch)
+        if pseudo is not None and cfg.use_masks:
+            pseudo = with_true_masks(pseudo, batch)
         sums, metrics = self.loss_sums(encoded, batch, inside_image, pseudo)
-        if of_teacher is not None:
-            metrics |= pseudo_mask_metrics(of_teacher, batch)
+        metrics |= of_teacher
 
         dtype = encoded.predictions.class_logits.dtype
         counts = reduce_mean(torch.stack([count.to(dtype) for _, count in sums.values()]))
@@ -172,9 +173,12 @@ class CondInst(nn.Module):
             encoded.locations, batch.boxes, batch.labels, batch.valid, batch.centers
         )
         sums = detection_losses(encoded.predictions, targets)
-        sampled = self.sample_instances(encoded, batch, targets)
+        sampled, metrics = (
+            self.sample_instances(encoded, batch, targets),
+            lost_boxes(targets, batch),
+        )
         if cfg.mode == "condinst":
-            return sums | condinst_losses(sampled, batch.masks), {}
+            return sums | condinst_losses(sampled, batch.masks), metrics
 
         rows, columns = inside_image.shape[-2:]
         inside_box = losses.box_masks(sampled.of_boxes(batch.boxes), rows, columns)
@@ -185,8 +189,10 @@ class CondInst(nn.Module):
             sums |= pseudo_losses(sampled, inside_box, inside_image, pseudo, cfg.affinity_threshold)
 
         _, alike_pairs = sums["pairwise"]
-        pairs = 8 * inside_box.sum().to(alike_pairs.dtype)
-        return sums, {"similar_pair_share": torch.stack((alike_pairs, pairs)).detach()}
+        pixels = inside_box.sum().to(alike_pairs.dtype)
+        filled = ((sampled.logits > 0) & inside_box).sum()
+        metrics["similar_pair_share"] = torch.stack((alike_pairs, 8 * pixels)).detach()
+        return sums, metrics | {"mask_fill": torch.stack((filled, pixels))}  # of the boxes
 
     def sample_instances(self, encoded: Encoded, batch: Batch, targets: fcos.Targets) -> Sampled:
         """Choose positive locations, at random (CondInst) or the best of each box, and predict
@@ -381,6 +387,17 @@ def with_true_masks(pseudo: PseudoMasks, batch: Batch) -> PseudoMasks:
     teacher says. (Not in the paper.)"""
     masks = torch.where(batch.has_mask[..., None, None], batch.masks, pseudo.masks)
     return PseudoMasks(masks, torch.where(batch.has_mask, 1.0, pseudo.weights))
+
+
+def lost_boxes(targets: fcos.Targets, batch: Batch) -> dict[str, Tensor]:
+    """How many boxes no location learns, mostly because they are too small for the strides, and
+    the mean short side of these boxes, in pixels. Fractions [2]."""
+    count = torch.zeros_like(batch.labels)
+    count.scatter_add_(1, targets.box_index, targets.is_positive.to(count.dtype))
+    is_lost = batch.valid & (count == 0)
+    sides = torch.where(is_lost, (batch.boxes[..., 2:] - batch.boxes[..., :2]).amin(-1), 0).sum()
+    lost, total = is_lost.sum().to(sides.dtype), batch.valid.sum()
+    return {"lost_boxes": torch.stack((lost, total)), "lost_side": torch.stack((sides, lost))}
 
 
 @torch.no_grad()

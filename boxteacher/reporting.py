@@ -23,6 +23,7 @@ from .config import Config
 from .data import CocoDataset, collate
 from .model import CondInst, Instances, scale_boxes
 from .pseudo_labels import assign_to_boxes
+from .traps import Traps
 from .visualize import (
     MAX_INSTANCES,
     NEUTRAL,
@@ -54,6 +55,7 @@ class RunLog:
             mininterval=1.0,
             disable=None if distributed.is_main() else True,
         )
+        self.traps = Traps(cfg, start)
         self.started, self.since = time.perf_counter(), start
         self.run_started, self.run_start, self.last_said = self.started, start, self.started
 
@@ -75,6 +77,8 @@ class RunLog:
         shown = {"loss": f"{total:.3f}", "lr": f"{lr:.2g}", "images/s": f"{images_per_s:.1f}"}
         self.bar.set_postfix(shown | {name: f"{values[name]:.2f}" for name in losses})
         self._write({"step": step, "lr": lr, "images_per_s": images_per_s, "loss": total} | values)
+        for warning in self.traps.warnings(step, values):
+            self.say(f"warning: {warning}")
         self.started, self.since = time.perf_counter(), step
         if self.bar.disable and self.started - self.last_said > SAY_EVERY:  # there is no terminal
             pace = (self.started - self.run_started) / (step - self.run_start)

@@ -117,7 +117,7 @@ def test_a_learning_rate_that_batch_size_changes_is_told():
     (line,) = config.warnings(parse(argv))
     assert line.startswith("lr=0.01 is for 16 images")
     assert line.endswith("with batch_size=4 the learning rate is 0.0025")
-    assert config.warnings(parse([*argv, "--optimizer", "adamw"])) == []
+    assert config.warnings(parse([*argv, "--optimizer", "adamw", "--lr", "1e-4"])) == []
 
 
 @given(st.sampled_from(sorted(PRESETS)), st.integers(1, 10**6))

@@ -59,10 +59,11 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         {"coco", "data", "distributed", "errors", "model"},
     ),
     "guard": ({"torch"}, {"distributed", "errors"}),
+    "traps": (set(), {"config"}),
     "visualize": ({"torch", "numpy", "PIL"}, set()),
     "reporting": (
         {"torch", "torchvision.ops", "tqdm", "PIL"},
-        {"config", "data", "distributed", "model", "pseudo_labels", "visualize"},
+        {"config", "data", "distributed", "model", "pseudo_labels", "traps", "visualize"},
     ),
 }
 TOP_LEVEL = {
