@@ -1,9 +1,13 @@
-"""What a training set is like: how many objects, how large, and how often their colors mislead.
+"""What the method sees: a training set in numbers, and its images in pictures.
 
     python -m boxteacher.tools.inspect [PRESET] --statistics [--field value ...] [--images 300]
+    python -m boxteacher.tools.inspect --checkpoint last.pt --output DIR [--images 8]
 
-Images are those that the network sees in training. The pairwise loss pulls two pixels of similar
-color into one mask (BoxInst, arXiv 2012.02310, section 3.2). True masks tell how often it is right.
+Images are those that the network sees in training, resized and flipped. The first command says how
+many objects there are, how large they are, and how often colors mislead. The pairwise loss pulls
+two pixels of similar color into one mask (BoxInst, arXiv 2012.02310, section 3.2). True masks tell
+how often it is right. The second command draws, for each image, its boxes, the pairs of similar
+color, the teacher's detections, which box each of them got, and the pseudo masks.
 """
 
 from __future__ import annotations
@@ -13,18 +17,33 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
+from torchvision.ops import box_iou
 
 from boxteacher import losses
 from boxteacher.command_line import Parser, split_preset
 from boxteacher.config import Config, ConfigError
 from boxteacher.data import Batch, CocoDataset, collate, make_train_set
 from boxteacher.errors import run
+from boxteacher.model import CondInst, PseudoMasks, scale_boxes
 from boxteacher.presets import from_preset
+from boxteacher.pseudo_labels import assign_to_boxes, mask_aware_scores
+from boxteacher.tools.common import load_network, progress
+from boxteacher.visualize import (
+    MAX_CAPTIONS,
+    NEUTRAL,
+    contact_sheet,
+    draw_instances,
+    instance_color,
+)
 
+SIDE = 500  # of a picture
 LEAKY = 0.25  # share of leaks above which an object counts as leaky
 ROWS = {  # names in the JSON line and what they are, in percent; all but the first need true masks
     "alike_in_box": "of all pairs in the box, look alike",
@@ -36,17 +55,18 @@ ROWS = {  # names in the JSON line and what they are, in percent; all but the fi
 }
 
 
-def read_arguments(argv: Sequence[str]) -> tuple[Config, argparse.Namespace]:
-    """The configuration, and this program's own options."""
-    preset, words = split_preset(argv, default="shapes")
-    parser = Parser("python -m boxteacher.tools.inspect --statistics [PRESET]", __doc__)
-    add = parser.add_argument
-    add("--statistics", action="store_true", required=True, help="measure a data set")
-    add("--images", type=int, default=300, metavar="N", help="how many (300)")
-    options, given = parser.read(words)
-    if options.images < 1:
-        raise ConfigError(f"--images is {options.images}: give 1 or more")
-    return from_preset(**({"preset": preset} | given)), options
+# What photographs have, and what to do if a figure is above it. COCO's figures are 9, 1.8 and 3.4.
+ADVICE = {
+    "leaks": (20, "outlines are hard to see in the colors: a higher --color-threshold helps"),
+    "wrong_pulls": (10, "many pairs pull masks over their outlines: masks will be too large"),
+    "leaky_objects": (
+        15,
+        "colors do not show these objects: some true masks would help (--use-masks)",
+    ),
+}
+
+
+# --- a data set in numbers ------------------------------------------------------------------------
 
 
 def pair_counts(batch: Batch, threshold: float) -> Tensor:
@@ -101,14 +121,192 @@ def statistics(data: CocoDataset, images: int, threshold: float) -> dict[str, ob
     return {"images": len(batches), "objects": len(boxes)} | spread | pair_shares(counts, has_mask)
 
 
+def advice(found: dict[str, object], cfg: Config) -> list[str]:
+    """One line for each figure that is outside of what photographs have."""
+    lines = []
+    for name, (most, text) in ADVICE.items():
+        if found.get(name, 0) > most:
+            lines.append(f"{name} is {found[name]:.1f} % (photographs: under {most}): {text}")
+    alike = found["alike_in_box"]
+    if alike < 10:
+        lines.append(f"alike_in_box is {alike:.1f} % (photographs: 30): lower --color-threshold")
+    if alike > 60:
+        text = "raise --color-threshold, or stretch dark images (--contrast stretch)"
+        lines.append(f"alike_in_box is {alike:.1f} % (photographs: 30): {text}")
+    small, middle, _ = found["longer_sides_of_boxes"]
+    if small < 12:
+        text = f"masks have a grid of 4 pixels: images {16 / max(small, 1):.1f} times as large help"
+        lines.append(f"5 % of the boxes have a longer side under {small:.0f} pixels: {text}")
+    if middle > 4 * cfg.size_unit or middle < cfg.size_unit / 4:
+        text = f"most boxes would share one level of the pyramid: --size-unit {middle / 1.5:.0f}"
+        lines.append(f"half of the boxes are larger than {middle:.0f} pixels, half smaller: {text}")
+    most = found["objects_per_image"][2]
+    if most > cfg.max_detections:
+        text = f"--max-detections is {cfg.max_detections}: raise it"
+        lines.append(f"5 % of the images have over {most:.0f} objects: {text}")
+    return lines
+
+
+# --- images in pictures ---------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def inspect_image(model: CondInst, batch: Batch, class_names: Sequence[str]) -> Image.Image:
+    """Six pictures of the image of a batch (in eval mode: a run uses the statistics of a batch)."""
+    cfg, size, valid = model.cfg, batch.sizes[0], batch.valid[0]
+    height, width = size
+    image, boxes, labels = batch.images[0, :, :height, :width], batch.boxes[0, valid], batch.labels
+    labels, plain = labels[0, valid], dict(class_names=class_names, side=SIDE)
+
+    # The teacher's step, and what it detected on the way.
+    seen, masks_for_boxes = [], model.masks_for_boxes
+    model.masks_for_boxes = lambda *args: seen.append(args) or masks_for_boxes(*args)
+    pseudo = model.make_pseudo_masks(batch)
+    del model.masks_for_boxes
+    (encoded, _, found, seen_size, _), *_ = seen
+    found_boxes, _ = scale_boxes(found.boxes, seen_size, size)
+    probs = model.mask_probs(encoded, 0, found.location_index, seen_size, size)
+    inside = losses.box_masks(found_boxes, *size, stride=1)
+    scores = mask_aware_scores(probs, found.scores, inside, cfg.mask_threshold)
+    best = scores.argsort(descending=True)[:MAX_CAPTIONS]  # the others would hide each other
+    detections = found_boxes[best], probs[best] > 0.5, found.labels[best]
+    ious = box_iou(found_boxes, boxes)
+    assigned = assign_to_boxes(ious, scores, cfg.iou_threshold, cfg.score_threshold).tolist()
+
+    # Who got which box: the box is filled, and its detection is an outline of the same color.
+    rows, columns = batch.images.shape[2] // 4, batch.images.shape[3] // 4
+    on_image = (slice(None), slice(-(-height // 4)), slice(-(-width // 4)))
+    filled = losses.box_masks(boxes, rows, columns)[on_image]
+    has = [d >= 0 for d in assigned]
+    chosen = torch.tensor([d for d in assigned if d >= 0], dtype=torch.int64)
+    pairs = [(d, g) for g, d in enumerate(assigned) if d >= 0]
+    captions = [f"IoU {ious[d, g]:.2f} s {scores[d]:.2f}" for d, g in pairs]
+    colors = [instance_color(g) if has_one else NEUTRAL for g, has_one in enumerate(has)]
+    who = draw_instances(image, None, filled, labels, colors=colors, opacity=0.6, **plain)
+    scale = SIDE / max(size)
+    names = dict(class_names=["", *captions], colors=[instance_color(g) for _, g in pairs])
+    numbers = list(range(1, len(pairs) + 1))
+    who = draw_instances(np.asarray(who), found_boxes[chosen] * scale, None, numbers, **names)
+
+    weights, masks = pseudo.weights[0, valid], pseudo.masks[0, valid]
+    shown = [
+        draw_instances(image, boxes, None, labels, **plain),
+        color_pairs(image, batch, cfg.color_threshold),
+        draw_instances(image, *detections, scores=scores[best], **plain),
+        who,
+        draw_instances(image, None, masks[on_image], labels, opacity=weights, **plain),
+        affinities(image, batch, pseudo, cfg.affinity_threshold),
+    ]
+    titles = [
+        f"{len(boxes)} boxes",
+        "pairs of similar color",
+        f"{len(best)} best of {len(found_boxes)} detections, mask-aware scores",
+        f"{len(pairs)} boxes got a detection",
+        "pseudo masks (opacity: score)",
+        "affinity of the pseudo masks",
+    ]
+    notes = [
+        "Blue: pairs inside a box. Red: pairs across its edge. The stronger, the more of 8.",
+        "Filled: a box. Outline: the detection that it got. Gray: none. White at the right: pairs of"
+        " pixels with other labels.",
+    ]
+    sheets = [
+        contact_sheet([shown[k : k + 3]], titles[k : k + 3], notes[k // 3], SIDE) for k in (0, 3)
+    ]
+    whole = Image.new("RGB", (sheets[0].width, sum(sheet.height for sheet in sheets)))
+    whole.paste(sheets[0], (0, 0))
+    whole.paste(sheets[1], (0, sheets[0].height))
+    return whole
+
+
+def tint(image: Tensor, layers: Sequence[tuple[Tensor, tuple[int, int, int]]]) -> Image.Image:
+    """The image in gray, colored where maps of the stride-4 grid, [H4, W4] in 0..1, are high."""
+    gray = image.float().mean(0) * 0.6 + 40
+    shown = gray[None].repeat(3, 1, 1)
+    for share, color in layers:
+        share = share.repeat_interleave(4, 0).repeat_interleave(4, 1)[: len(gray), : gray.shape[1]]
+        shown = shown + share * (shown.new_tensor(color)[:, None, None] - shown)
+    scale = SIDE / max(image.shape)
+    picture = Image.fromarray(shown.byte().permute(1, 2, 0).cpu().numpy())
+    size = [max(1, round(side * scale)) for side in picture.size]
+    return picture.resize(size, Image.Resampling.NEAREST)
+
+
+def color_pairs(image: Tensor, batch: Batch, threshold: float) -> Image.Image:
+    """Which pairs of pixels the colors tie together: inside a box, and across its edge."""
+    rows, columns = (side // 4 for side in batch.images.shape[-2:])
+    on_image = losses.inside_masks(batch.sizes, rows, columns)
+    is_alike = losses.color_similarity(batch.images, on_image)[0] >= threshold
+    in_box = losses.box_masks(batch.boxes[0, batch.valid[0]], rows, columns)
+    inside, across = torch.zeros(2, rows, columns)
+    for direction, (dy, dx) in enumerate(losses.NEIGHBORS):
+        other = losses.shifted(in_box[None], dy, dx)[0]
+        inside += (in_box & other & is_alike[direction]).any(0) / 8
+        across += (in_box & ~other & is_alike[direction]).any(0) / 8
+    return tint(image, [(inside, (60, 140, 255)), (across, (255, 40, 40))])
+
+
+def affinities(image: Tensor, batch: Batch, pseudo: PseudoMasks, threshold: float) -> Image.Image:
+    """The smoothed pseudo masks, and where pairs of pixels have other labels (see
+    `losses.affinity_loss`)."""
+    masks = pseudo.masks[0, pseudo.weights[0] > 0][None].float()  # [1, G, H4, W4]
+    in_box = losses.box_masks(batch.boxes[0, pseudo.weights[0] > 0], *masks.shape[-2:])
+    smooth = (masks + F.avg_pool2d(masks, 3, 1, 1)) / 2
+    parted = torch.zeros_like(smooth)
+    for dy, dx in losses.NEIGHBORS:
+        other = losses.shifted(smooth, dy, dx)
+        parted += (smooth * other + (1 - smooth) * (1 - other) < threshold) / 8
+    layers = [(smooth[0, k], instance_color(k)) for k in range(len(in_box))]
+    union = (parted[0] * in_box).amax(0) if len(in_box) else torch.zeros(masks.shape[-2:])
+    return tint(
+        image, [(0.7 * share, color) for share, color in layers] + [(union, (255, 255, 255))]
+    )
+
+
+# --- the program ----------------------------------------------------------------------------------
+
+
+def read_arguments(argv: Sequence[str]) -> tuple[str, argparse.Namespace, dict[str, object]]:
+    """The preset, this program's own options, and the fields of Config that were given."""
+    preset, words = split_preset(argv, default="shapes")
+    parser = Parser("python -m boxteacher.tools.inspect [PRESET] (--statistics | ...)", __doc__)
+    add = parser.add_argument
+    add("--statistics", action="store_true", help="measure a data set")
+    add("--checkpoint", metavar="FILE", help="written by train.py: draw pictures")
+    add("--output", type=Path, metavar="DIR", help="the folder for the pictures")
+    add("--images", type=int, metavar="N", help="how many (statistics: 300, pictures: 8)")
+    options, given = parser.read(words)
+    if options.statistics == bool(options.checkpoint and options.output):
+        raise ConfigError("give either --statistics, or --checkpoint FILE and --output DIR")
+    if options.images is not None and options.images < 1:
+        raise ConfigError(f"--images is {options.images}: give 1 or more")
+    return preset, options, given
+
+
 def main() -> None:
-    cfg, options = read_arguments(sys.argv[1:])
-    fewer = min(options.images, cfg.shapes_train)  # the same first images, and less to paint
-    data = make_train_set(dataclasses.replace(cfg, shapes_train=fewer))
-    found = statistics(data, options.images, cfg.color_threshold)
-    for name, value in found.items():  # lists: 5 %, median, 95 %
-        print(f"{value:7.2f} %  {ROWS[name]}" if name in ROWS else f"{name}: {value}")
-    print(json.dumps({"preset": cfg.preset} | found))
+    preset, options, given = read_arguments(sys.argv[1:])
+    images = options.images or (300 if options.statistics else 8)
+    if options.statistics:
+        cfg = from_preset(**({"preset": preset} | given))
+        fewer = min(images, cfg.shapes_train)  # the same first images, and less to paint
+        data = make_train_set(dataclasses.replace(cfg, shapes_train=fewer))
+        found = statistics(data, images, cfg.color_threshold)
+        for name, value in found.items():  # lists: 5 %, median, 95 %
+            print(f"{value:7.2f} %  {ROWS[name]}" if name in ROWS else f"{name}: {value}")
+        print("\n".join(advice(found, cfg)) or "Nothing is outside of what photographs have.")
+        print(json.dumps({"preset": cfg.preset} | found))
+        return
+    model, state = load_network(options.checkpoint, given)
+    fewer = min(images, model.cfg.shapes_train)
+    data = make_train_set(dataclasses.replace(model.cfg, shapes_train=fewer))
+    chosen = range(min(images, len(data)))
+    options.output.mkdir(parents=True, exist_ok=True)
+    for index in progress(chosen, "inspect", len(chosen)):
+        batch = collate([data[index, index]])
+        batch = batch.to(model.pixel_mean.device)
+        picture = inspect_image(model, batch, state["class_names"])
+        picture.save(options.output / f"{batch.image_ids[0]}.png")
+    print(options.output)
 
 
 if __name__ == "__main__":
