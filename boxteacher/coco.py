@@ -12,6 +12,7 @@ from reprlib import repr as short_repr
 
 import numpy as np
 from PIL import Image, ImageOps
+from pycocotools import mask as rle_codec
 
 from .errors import UserError
 
@@ -223,6 +224,27 @@ def decode_mask(code: dict) -> np.ndarray:
     height, width = code["size"]
     runs = run_lengths(code)
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
+
+
+def encode_mask(
+    mask: np.ndarray, corner: tuple[int, int] = (0, 0), size: tuple[int, int] | None = None
+) -> dict:
+    """The run-length code, with COCO's text, of a mask that is known in a window: `mask`, bool
+    [r, c], starts at `corner` (row, column) of an image of `size` (h, w), which is off elsewhere.
+    Without corner and size it is the whole image.
+    """
+    (top, left), (height, width) = corner, size or mask.shape
+    columns = mask.T
+    if len(mask) == height:  # runs go on from the end of a column to the start of the next one
+        columns = columns.reshape(1, -1)
+    # Where each column turns on or off, as numbers of the image's pixels, counted down its columns.
+    padded = np.zeros((columns.shape[0], columns.shape[1] + 2), dtype=bool)
+    padded[:, 1:-1] = columns
+    column, row = np.nonzero(padded[:, 1:] != padded[:, :-1])
+    runs = np.diff((left + column) * height + top + row, prepend=0, append=height * width)
+    runs = runs if runs[-1] else runs[:-1]
+    code = rle_codec.frPyObjects({"size": [height, width], "counts": runs}, height, width)
+    return {"size": [height, width], "counts": code["counts"].decode()}
 
 
 # --- image files ----------------------------------------------------------------------------------

@@ -20,11 +20,10 @@ import torch
 from pycocotools import mask as rle_codec
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from torch import Tensor
 from tqdm import tqdm
 
 from . import distributed
-from .coco import run_lengths
+from .coco import encode_mask, run_lengths
 from .data import CocoDataset, make_test_loader
 from .errors import UserError
 from .model import CondInst, Instances
@@ -43,13 +42,6 @@ class NoMasksError(EvaluationError):
 # --- predictions as COCO results ------------------------------------------------------------------
 
 
-def encode_masks(masks: Tensor | np.ndarray) -> list[dict[str, Any]]:
-    """Masks bool [D, h, w] -> D compressed run-length codes {"size": [h, w], "counts": text}."""
-    masks = masks.cpu().numpy() if isinstance(masks, Tensor) else np.asarray(masks)
-    codes = [rle_codec.encode(np.asfortranarray(mask, dtype=np.uint8)) for mask in masks]
-    return [{"size": list(code["size"]), "counts": code["counts"].decode()} for code in codes]
-
-
 def to_coco_results(
     image_id: int, found: Instances, category_ids: Sequence[int]
 ) -> list[dict[str, Any]]:
@@ -57,7 +49,6 @@ def to_coco_results(
     boxes = found.boxes.cpu().double()
     boxes = torch.cat((boxes[:, :2], boxes[:, 2:] - boxes[:, :2]), dim=1).tolist()
     labels, scores = found.labels.tolist(), found.scores.tolist()
-    masks = encode_masks(found.masks)
     return [
         {
             "image_id": image_id,
@@ -66,7 +57,7 @@ def to_coco_results(
             "score": score,
             "segmentation": mask,
         }
-        for box, label, score, mask in zip(boxes, labels, scores, masks, strict=True)
+        for box, label, score, mask in zip(boxes, labels, scores, found.masks, strict=True)
     ]
 
 
@@ -184,7 +175,7 @@ def box_baselines(coco: dict[str, Any], kind: Literal["box", "ellipse"]) -> list
         # How far pixel centers are from the box's center. The box's sides are at 1.
         across = abs(np.arange(width) + 0.5 - (x + w / 2)) / (w / 2)
         down = abs(np.arange(height) + 0.5 - (y + h / 2)) / (h / 2)
-        (mask,) = encode_masks([norm(down[:, None], across) <= 1])
+        mask = encode_mask(norm(down[:, None], across) <= 1)
         result = {key: annotation[key] for key in ("image_id", "category_id", "bbox")}
         results.append(result | {"score": 1.0, "segmentation": mask})
     return results

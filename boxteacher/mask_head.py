@@ -1,11 +1,13 @@
-"""CondInst's masks (arXiv 2003.05664): shared features, and a tiny network for each instance.
+"""CondInst's masks (arXiv 2003.05664): shared features, a tiny network for each instance, and the
+way from its map to pixels.
 
-N images · K instances · C mask features · H8, W8 the stride-8 grid of P3
+N images · K instances · C mask features · D masks of one image · H8, W8 the stride-8 grid of P3
+H4, W4 that of stride 4 · h, w pixels of an image · r, c pixels of a window in it
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -114,11 +116,64 @@ def dynamic_mask_logits(
         relative_y = (locations[..., 1:] - y) / sizes_of_interest[..., None]  # [N, K, H8]
         of_column = w1[..., 0, None] * relative_x[:, :, None]  # [N, K, 8, W8]
         of_row = w1[..., 1, None] * relative_y[:, :, None] + b1[..., None]  # [N, K, 8, H8]
-        hidden = (hidden + of_column[..., None, :] + of_row[..., :, None]).relu()
+        hidden = hidden.add_(of_column[..., None, :]).add_(of_row[..., :, None]).relu_()
 
         # Layers 2 and 3: a small product for each instance.
         hidden = hidden.view(num_images * num_instances, HIDDEN, height * width)
         w2 = w2.reshape(-1, HIDDEN, HIDDEN)
-        hidden = torch.baddbmm(b2.reshape(-1, HIDDEN, 1), w2, hidden).relu()
+        hidden = torch.baddbmm(b2.reshape(-1, HIDDEN, 1), w2, hidden).relu_()
         logits = torch.baddbmm(b3.reshape(-1, 1, 1), w3.reshape(-1, 1, HIDDEN), hidden)
     return logits.view(num_images, num_instances, height, width)
+
+
+def pixel_positions(
+    maps: Tensor, size: tuple[int, int], output_size: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Rows [h] and columns [w] of an image, in cells of its stride-4 maps [D, H4, W4].
+
+    The network's input without padding, of `size`, is resized to `output_size` h, w. Pixel o is at
+    (o + 0.5) size / output_size - 0.5 in the input, and cell i at 4 i + 2.
+    """
+
+    def positions(cells: int, side: int, output_side: int) -> Tensor:
+        pixels = torch.arange(output_side, device=maps.device, dtype=maps.dtype)
+        pixels = ((pixels + 0.5) * (side / output_side) - 0.5).clamp(0, side - 1)
+        return ((pixels - 2) / 4).clamp(0, cells - 1)
+
+    return tuple(map(positions, maps.shape[1:], size, output_size))
+
+
+def read_maps(maps: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Bilinear interpolation of maps [D, H4, W4] at `pixel_positions` [r] and [c], or [D, r] and
+    [D, c]. Equal to `aligned_upsample` by 4, a cut to `size` and bilinear resizing: two steps in
+    one, since the upsampled map is linear between pixels. Returns [D, r, c], columns contiguous.
+    """
+    for positions in (rows, columns):
+        low = positions.long().clamp(max=maps.shape[1] - 2)
+        weight = (positions - low)[..., None]
+        low = low + maps.shape[1] * torch.arange(len(maps), device=maps.device)[:, None]
+        lines = maps.flatten(0, 1)
+        maps = F.embedding(low, lines).lerp_(F.embedding(low + 1, lines), weight)
+        maps = maps.mT  # the columns are the lines of the second turn
+    return maps
+
+
+def mask_windows(
+    maps: Tensor, rows: Tensor, columns: Tensor, threshold: float
+) -> Iterator[tuple[Tensor, tuple[int, int]]]:
+    """The masks of maps [D, H4, W4], each read only where it can be over the threshold.
+
+    A pixel is a mean of four cells, and one of these must be over the threshold. The window holds
+    all pixels less than a cell away from such cells. Yields D times probabilities [r, c], with
+    r = c = 0 if there are none, and the window's corner (top, left).
+    """
+    is_over, spans = maps > threshold, []
+    for positions, others in ((rows, 2), (columns, 1)):
+        has_cell = is_over.any(others).to(maps.dtype)  # [D, cells of the axis]
+        first = has_cell.argmax(1)
+        last = has_cell.shape[1] - 1 - has_cell.flip(1).argmax(1)
+        start = torch.searchsorted(positions, (first - 1).to(maps.dtype), right=True)
+        stop = torch.searchsorted(positions, (last + 1).to(maps.dtype))
+        spans += [start, torch.where(has_cell.any(1), stop, start)]
+    for d, (top, bottom, left, right) in enumerate(torch.stack(spans, 1).tolist()):
+        yield read_maps(maps[d : d + 1], rows[top:bottom], columns[left:right])[0], (top, left)

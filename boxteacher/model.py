@@ -20,13 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import box_iou, clip_boxes_to_image
 
-from . import fcos, losses
+from . import fcos, losses, mask_head
 from .backbone import NORMS, SWINS, Backbone, MobileNetV2, ResNet, Swin, without_drop_path
-from .coco import stretch_contrast
+from .coco import encode_mask, stretch_contrast
 from .config import Config
 from .data import Batch
 from .distributed import reduce_mean
-from .mask_head import MaskBranch, aligned_upsample, dynamic_mask_logits, num_dynamic_params
+from .mask_head import MaskBranch
 from .pseudo_labels import assign_to_boxes, mask_aware_scores, take_assigned
 from .transforms import View, resized_size
 
@@ -34,7 +34,7 @@ PIXELS = {  # means (0..255) and deviations of the channels that a backbone's we
     "rgb": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
     "bgr": ((103.53, 116.28, 123.675), (1.0, 1.0, 1.0)),
 }
-MASK_CHUNK = 64  # instances whose full-resolution masks are held in memory at a time
+MASK_CHUNK = 8  # masks made at a time: more would not fit a CPU's cache
 
 Size = tuple[int, int]  # height, width
 LossSums = dict[str, tuple[Tensor, Tensor]]  # name: (sum over instances, what to divide it by)
@@ -53,7 +53,7 @@ class Instances(NamedTuple):
     boxes: Tensor  # [D, 4] xyxy
     scores: Tensor  # [D]
     labels: Tensor  # [D] 0..C-1
-    masks: Tensor  # bool [D, h, w]
+    masks: list[dict]  # D run-length codes. `coco.decode_mask` makes bool [h, w] of each
 
 
 class Encoded(NamedTuple):
@@ -116,8 +116,8 @@ class CondInst(nn.Module):
         """Masks of chosen locations, index [N, K] into P. Returns [N, K, H4, W4]."""
         params = self.head.dynamic_params(encoded.predictions.box_features, index)
         xy, scale = encoded.locations.xy[index], encoded.locations.sizes_of_interest[index]
-        logits_s8 = dynamic_mask_logits(encoded.mask_features, params, xy, scale)
-        return aligned_upsample(logits_s8, 2)
+        logits_s8 = mask_head.dynamic_mask_logits(encoded.mask_features, params, xy, scale)
+        return mask_head.aligned_upsample(logits_s8, 2)
 
     # --- the student's step -----------------------------------------------------------------------
 
@@ -250,12 +250,28 @@ class CondInst(nn.Module):
         if not is_useful.any():
             return None
         boxes, ious, scores = boxes[is_useful], ious[is_useful], found.scores[is_useful]
-        probs = self.mask_probs(encoded, n, found.location_index[is_useful], seen_size, size)
-
-        inside_box = losses.box_masks(boxes, *size, stride=1)
-        scores = mask_aware_scores(probs, scores, inside_box, cfg.mask_threshold)
+        maps = self.mask_maps(encoded, n, found.location_index[is_useful])
+        rows, columns = mask_head.pixel_positions(maps, seen_size, size)
+        chunks = zip(*(x.split(MASK_CHUNK) for x in (maps, boxes, scores)), strict=True)
+        scores = torch.cat([self.scores_in_boxes(*chunk, rows, columns) for chunk in chunks])
         assigned = assign_to_boxes(ious, scores, cfg.iou_threshold, cfg.score_threshold)
-        return take_assigned(probs[:, 2::4, 2::4] > cfg.mask_threshold, scores, assigned)
+        samples = mask_head.read_maps(maps, rows[2::4], columns[2::4])
+        return take_assigned(samples > cfg.mask_threshold, scores, assigned)
+
+    def scores_in_boxes(
+        self, maps: Tensor, boxes: Tensor, scores: Tensor, rows: Tensor, columns: Tensor
+    ) -> Tensor:
+        """Mask-aware scores [D] of detections: maps [D, H4, W4], boxes [D, 4], scores [D]. Of the
+        image, whose pixels lie at rows [h] and columns [w] of the maps, only the boxes are read."""
+        x1, y1, x2, y2 = boxes.long()[..., None].unbind(1)  # [D, 1]: first and last pixels
+        windows, inside = [], []  # at the boxes' first pixels, all as large as the largest box
+        for positions, first, last in ((rows, y1, y2), (columns, x1, x2)):
+            pixels = first + torch.arange(int((last - first).max()) + 1, device=boxes.device)
+            inside.append((pixels <= last) & (pixels < len(positions)))
+            windows.append(positions[pixels.clamp(max=len(positions) - 1)])
+        probs = mask_head.read_maps(maps, *windows)
+        inside_box = inside[0][:, :, None] & inside[1][:, None]
+        return mask_aware_scores(probs, scores, inside_box, self.cfg.mask_threshold)
 
     # --- inference --------------------------------------------------------------------------------
 
@@ -266,6 +282,9 @@ class CondInst(nn.Module):
         """Detect in uint8 images [N, 3, H, W], whose own sizes are `sizes`. The results are
         in pixels of `output_sizes`. Empty boxes are dropped.
 
+        A mask is a run-length code in COCO's format, {"size": [h, w], "counts": text}, because most
+        of the pixels are empty. `coco.decode_mask(code)` is the full mask, bool [h, w].
+
         In mode boxteacher the score is sqrt(c * mean probability of the mask's foreground), 0 for
         an empty mask, with c the detection's score. In the other modes it is c. (The score of
         pseudo masks takes the mean inside the detection's box only: `mask_aware_scores`.)
@@ -275,16 +294,17 @@ class CondInst(nn.Module):
         for n, found in enumerate(self.detect(encoded)):
             boxes, is_box = scale_boxes(found.boxes, sizes[n], output_sizes[n])
             boxes, scores, index = boxes[is_box], found.scores[is_box], found.location_index[is_box]
-            masks = [torch.zeros(0, *output_sizes[n], dtype=torch.bool, device=boxes.device)]
-            means = [scores[:0]]
-            for part in index.split(MASK_CHUNK) if len(index) else ():
-                probs = self.mask_probs(encoded, n, part, sizes[n], output_sizes[n])
-                masks.append(probs > 0.5)
-                foreground = (probs * masks[-1]).sum((1, 2))
-                means.append(foreground / masks[-1].sum((1, 2)).clamp(min=1))
+            masks, means = [], []
+            for part in index.split(MASK_CHUNK):
+                maps = self.mask_maps(encoded, n, part)
+                positions = mask_head.pixel_positions(maps, sizes[n], output_sizes[n])
+                for probs, corner in mask_head.mask_windows(maps, *positions, 0.5):
+                    mask = probs > 0.5
+                    means.append(float((probs * mask).sum() / mask.sum().clamp(min=1)))
+                    masks.append(encode_mask(mask.cpu().numpy(), corner, output_sizes[n]))
             if self.cfg.mode == "boxteacher":
-                scores = (scores * torch.cat(means)).sqrt()
-            results.append(Instances(boxes, scores, found.labels[is_box], torch.cat(masks)))
+                scores = (scores * scores.new_tensor(means)).sqrt()
+            results.append(Instances(boxes, scores, found.labels[is_box], masks))
         return results
 
     def predict_image(self, image: np.ndarray) -> Instances:
@@ -302,22 +322,12 @@ class CondInst(nn.Module):
         limit = self.cfg.max_detections
         return fcos.detect(encoded.predictions, encoded.locations, max_detections=limit)
 
-    def mask_probs(
-        self, encoded: Encoded, n: int, index: Tensor, size: Size, output_size: Size
-    ) -> Tensor:
-        """Mask probabilities [D, h, w] of image n's locations index [D], in full resolution: of
-        the network's input without its padding (`size`), resized to `output_size`."""
-        predictions = encoded.predictions
-        features = [feature[n : n + 1] for feature in predictions.box_features]
-        alone = encoded._replace(
-            predictions=predictions._replace(box_features=features),
-            mask_features=encoded.mask_features[n : n + 1],
-        )
-        probs = aligned_upsample(self.mask_logits_s4(alone, index[None]).sigmoid(), 4)
-        probs = probs[:, :, : size[0], : size[1]]
-        if size != output_size:
-            probs = F.interpolate(probs, size=output_size, mode="bilinear", align_corners=False)
-        return probs[0]
+    def mask_maps(self, encoded: Encoded, n: int, index: Tensor) -> Tensor:
+        """Mask probabilities of image n's locations index [D], at stride 4: [D, H4, W4]."""
+        box_features = [level[n : n + 1] for level in encoded.predictions.box_features]
+        predictions = encoded.predictions._replace(box_features=box_features)
+        alone = Encoded(predictions, encoded.locations, encoded.mask_features[n : n + 1])
+        return self.mask_logits_s4(alone, index[None])[0].sigmoid()
 
 
 # --- the losses, in the order of the story: FCOS, CondInst, BoxInst, BoxTeacher -------------------
@@ -460,7 +470,7 @@ def build_model(cfg: Config, num_classes: int) -> CondInst:
     else:
         body = ResNet(cfg.backbone, cfg.norm, cfg.freeze_at, cfg.stride_in_1x1, cfg.deformable)
     backbone = Backbone(body, cfg.fpn_channels)
-    num_dynamic = num_dynamic_params(cfg.mask_channels)
+    num_dynamic = mask_head.num_dynamic_params(cfg.mask_channels)
     head = fcos.FCOSHead(num_classes, cfg.fpn_channels, cfg.tower_convs, num_dynamic)
     mask_branch = MaskBranch(
         cfg.fpn_channels,

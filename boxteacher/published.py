@@ -29,6 +29,7 @@ from .config import Config
 from .data import Batch
 from .errors import run
 from .fcos import Detections
+from .mask_head import mask_windows, pixel_positions, read_maps
 from .model import CondInst, Encoded, Size, build_model, scale_boxes
 from .presets import from_preset
 from .pseudo_labels import take_assigned
@@ -448,10 +449,13 @@ def masks_for_boxes_as_published(
     if not is_box.any():
         return None
     ious = box_iou(boxes[is_box], batch.boxes[n]).masked_fill(~batch.valid[n], -1)
-    probs = teacher.mask_probs(encoded, n, found.location_index[is_box], seen_size, size)
-    is_foreground = probs > cfg.mask_threshold
-    mean = (probs * is_foreground).sum((1, 2)) / is_foreground.sum((1, 2)).clamp(min=1)
-    scores = found.scores[is_box]
+    maps = teacher.mask_maps(encoded, n, found.location_index[is_box])
+    rows, columns = pixel_positions(maps, seen_size, size)
+    means = []
+    for probs, _ in mask_windows(maps, rows, columns, cfg.mask_threshold):
+        is_foreground = probs > cfg.mask_threshold
+        means.append((probs * is_foreground).sum() / is_foreground.sum().clamp(min=1))
+    mean, scores = torch.stack(means), found.scores[is_box]
     order, weights = (scores * mean).sqrt(), (scores.sqrt() * mean).sqrt()
 
     assigned = [-1] * ious.shape[1]
@@ -464,7 +468,8 @@ def masks_for_boxes_as_published(
             assigned[box] = detection
             if detection != 0:
                 free.remove(box)
-    return take_assigned(is_foreground[:, 2::4, 2::4], weights, torch.tensor(assigned))
+    samples = read_maps(maps, rows[2::4], columns[2::4])
+    return take_assigned(samples > cfg.mask_threshold, weights, torch.tensor(assigned))
 
 
 # --- the converter --------------------------------------------------------------------------------

@@ -191,7 +191,9 @@ def _pictures_of(
 
     fine = (2 * boxed.height, 2 * boxed.width)
     found = model.predict(batch.images, batch.sizes, [fine])[0]
-    sure = Instances(*(part[found.scores > sure_score] for part in found))
+    keep = (found.scores > sure_score).nonzero().flatten()
+    masks = [found.masks[detection] for detection in keep.tolist()]
+    sure = Instances(found.boxes[keep], found.scores[keep], found.labels[keep], masks)
     sure_boxes, _ = scale_boxes(sure.boxes, fine, batch.sizes[0])
     # A prediction has the color of the true box that it fits. The others are gray and faint.
     colors, opacity = [NEUTRAL] * len(sure.boxes), [0.2] * len(sure.boxes)

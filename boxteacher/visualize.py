@@ -14,6 +14,8 @@ import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor
 
+from .coco import decode_mask
+
 Color = tuple[int, int, int]  # RGB, 0..255
 Box = tuple[int, int, int, int]  # left, top, right, bottom: its outermost pixels
 Numbers = Sequence[float] | Tensor | np.ndarray
@@ -36,7 +38,7 @@ def instance_color(index: int) -> Color:
 def draw_instances(
     image: Tensor | np.ndarray,
     boxes: Tensor | np.ndarray | None,
-    masks: Tensor | np.ndarray | None,
+    masks: Tensor | np.ndarray | Sequence[dict] | None,
     labels: Numbers,
     class_names: Sequence[str],
     scores: Numbers | None = None,
@@ -52,7 +54,8 @@ def draw_instances(
 
     image    uint8 RGB: a tensor [3, H, W] or an array [H, W, 3]
     boxes    [D, 4] xyxy in the image's pixels, or None: no boxes, no text
-    masks    [D, h, w] bool or probabilities (drawn where > 0.5) on any grid over the image, or None
+    masks    [D, h, w] bool or probabilities (drawn where > 0.5) on any grid over the image, or
+             D run-length codes, or None
     labels   [D] in 0..C-1; class_names: C names
     opacity  of the masks, 0..1: one number or [D]
     side     resize the picture so that its long side has this many pixels (default: as it is)
@@ -65,11 +68,11 @@ def draw_instances(
     count, line_width = min(total, MAX_INSTANCES), 2 if total <= MAX_CAPTIONS else 1
     colors = [instance_color(i) for i in range(count)] if colors is None else colors[:count]
     if masks is not None:
-        is_inside = (torch.as_tensor(masks)[:count] > 0.5).cpu()
         opacities = torch.as_tensor(opacity).expand(total).tolist()
-        areas = is_inside.sum((1, 2))  # large instances first, so that small ones stay in sight
-        for i in areas.argsort(descending=True, stable=True).tolist():
-            _tint(picture, is_inside[i].numpy(), opacities[i], colors[i], line_width)
+        areas = [_inside(mask).sum() for mask in masks[:count]]
+        # Large instances first, so that small ones stay in sight.
+        for i in sorted(range(count), key=areas.__getitem__, reverse=True):
+            _tint(picture, _inside(masks[i]), opacities[i], colors[i], line_width)
     if boxes is not None:
         corners = (scale * torch.as_tensor(boxes)[:count].reshape(-1, 4)).round().int().tolist()
         outlines = [(x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)) for x1, y1, x2, y2 in corners]
@@ -174,6 +177,13 @@ def _fit(picture: Image.Image, side: int) -> Image.Image:
     scale = side / max(picture.size)
     size = [max(1, round(scale * length)) for length in picture.size]
     return picture.resize(size, Image.Resampling.BICUBIC)
+
+
+def _inside(mask: Tensor | np.ndarray | dict) -> np.ndarray:
+    """Where a mask is drawn, bool [h, w]."""
+    if isinstance(mask, dict):
+        return decode_mask(mask)
+    return (torch.as_tensor(mask) > 0.5).cpu().numpy()
 
 
 def _tint(

@@ -9,11 +9,11 @@ import pytest
 import torch
 from pycocotools import mask as rle_codec
 
+from boxteacher.coco import decode_mask, encode_mask
 from boxteacher.coco_eval import (
     EvaluationError,
     NoMasksError,
     box_baselines,
-    encode_masks,
     evaluate_coco,
     format_table,
     require_masks,
@@ -67,7 +67,7 @@ def make_result(image_id, category_id, box, score, size=SIZE):
         "category_id": category_id,
         "bbox": list(box),
         "score": score,
-        "segmentation": encode_masks(rectangle(*box, size)[None])[0],
+        "segmentation": encode_mask(rectangle(*box, size)),
     }
 
 
@@ -236,7 +236,7 @@ def test_polygons_and_compressed_rle_are_masks_too():
     results = perfect_results(coco)
     x, y, w, h = box
     polygon = [[x, y, x + w, y, x + w, y + h, x, y + h]]
-    for segmentation in (polygon, encode_masks(rectangle(*box)[None])[0]):
+    for segmentation in (polygon, encode_mask(rectangle(*box))):
         coco["annotations"][0]["segmentation"] = segmentation
         assert evaluate_coco(coco, results, 100)["segm"]["AP"] == pytest.approx(100)
 
@@ -309,14 +309,22 @@ def test_true_masks_that_do_not_fill_their_image_are_refused(counts):
         evaluate_coco(coco, [], 100, name="val.json")
 
 
-@pytest.mark.parametrize("count", [0, 1, 5])
-@PYCOCOTOOLS_DECODES
-def test_rle_round_trip(count):
-    masks = torch.rand(count, 13, 29, generator=torch.Generator().manual_seed(count)) > 0.5
-    rles = encode_masks(masks)
-    decoded = [rle_codec.decode(rle) for rle in json.loads(json.dumps(rles))]
-    assert np.array_equal(np.reshape(decoded, (-1, 13, 29)), masks)
-    assert encode_masks(masks.numpy()) == rles
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 1.0])
+def test_a_window_has_the_code_that_pycocotools_gives_the_whole_image(share):
+    """Windows within the image and at its borders, as high, as wide and as large as it, and empty
+    ones. Columns of a window as high as the image go on from one to the next."""
+    rng = np.random.default_rng(0)
+    height, width = 13, 29
+    for top, bottom in ((3, 9), (0, 5), (6, 13), (0, 13), (4, 5), (7, 7)):
+        for left, right in ((2, 20), (0, 4), (11, 29), (0, 29), (28, 29), (5, 5)):
+            whole = np.zeros((height, width), dtype=bool)
+            window = rng.random((bottom - top, right - left)) < share
+            whole[top:bottom, left:right] = window
+            code = encode_mask(window, (top, left), (height, width))
+            expected = rle_codec.encode(np.asfortranarray(whole, dtype=np.uint8))
+            assert code == {"size": [height, width], "counts": expected["counts"].decode()}
+            assert code == encode_mask(whole) == encode_mask(np.asfortranarray(whole))
+            assert np.array_equal(decode_mask(json.loads(json.dumps(code))), whole)
 
 
 def test_predictions_become_results_that_survive_json():
@@ -325,12 +333,12 @@ def test_predictions_become_results_that_survive_json():
         boxes=torch.tensor([[4.0, 6.0, 24.0, 16.0], [30.0, 30.0, 38.0, 38.0]]),
         scores=torch.tensor([0.5, 0.25]),
         labels=torch.tensor([1, 0]),
-        masks=torch.from_numpy(masks),
+        masks=[encode_mask(mask) for mask in masks],
     )
     results = to_coco_results(1, found, category_ids=[10, 20])
     assert to_coco_results(2, Instances(*(x[:0] for x in found)), [10, 20]) == []
     assert [r["image_id"] for r in results] == [1, 1]
-    assert [r["segmentation"] for r in results] == encode_masks(masks)
+    assert [r["segmentation"] for r in results] == found.masks
     assert [r["category_id"] for r in results] == [20, 10]
     assert results[0]["bbox"] == [4, 6, 20, 10]
     assert [r["score"] for r in results] == [0.5, 0.25]

@@ -5,11 +5,13 @@ features 5e-5: the kernels before them nearly cancel; either side is 1e-5 from f
 1e-3 px of 400, scores 2e-5, and 1e-5 of the masks' pixels, which stand on the threshold.
 """
 
+import numpy as np
 import pytest
 import torch
 from golden.compare import SOURCES, assert_summary, load, match, unpack
 from golden.synthetic import inference_image, synthetic_model
 
+from boxteacher.coco import decode_mask
 from boxteacher.model import CondInst
 
 # One network each, except for R-50: the other differs in numbers only, and costs 10 s.
@@ -64,7 +66,8 @@ def test_predictions(outputs, source):
     backbone, network, found = outputs
     golden = load(f"infer_{backbone}", source)
     wanted = {key.split("/")[1]: golden[key] for key in golden if key.startswith(f"{network}/")}
-    boxes, scores, labels, masks = found["instances"]
+    boxes, scores, labels, codes = found["instances"]
+    masks = torch.from_numpy(np.stack([decode_mask(code) for code in codes]))
     index = match(boxes, labels, wanted["boxes"], wanted["classes"])
     expected = torch.from_numpy(wanted["boxes"])
     torch.testing.assert_close(boxes[index], expected, atol=1e-3, rtol=0)

@@ -18,8 +18,8 @@ from golden.synthetic import recolor, synthetic_model, training_images
 from boxteacher import fcos
 from boxteacher.data import Batch
 from boxteacher.losses import box_masks
+from boxteacher.mask_head import pixel_positions
 from boxteacher.model import make_teacher, scale_boxes
-from boxteacher.pseudo_labels import mask_aware_scores
 from boxteacher.published import masks_for_boxes_as_published, to_published
 from boxteacher.transforms import resized_size
 
@@ -241,9 +241,9 @@ def test_detections_of_the_teacher(source):
         expected = torch.from_numpy(wanted["boxes"]).double()
         torch.testing.assert_close(boxes[index].double(), expected, atol=1e-4, rtol=0)
 
-        probs = step.teacher.mask_probs(encoded, n, found.location_index[index], resized, size)
-        inside = box_masks(boxes[index], *size, stride=1)
-        scores = mask_aware_scores(probs, found.scores[index], inside)
+        maps = step.teacher.mask_maps(encoded, n, found.location_index[index])
+        positions = pixel_positions(maps, resized, size)
+        scores = step.teacher.scores_in_boxes(maps, boxes[index], found.scores[index], *positions)
         expected = torch.from_numpy(wanted["scores"]).double()
         torch.testing.assert_close(scores.double(), expected, atol=1e-6, rtol=0)
 

@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "command_line": (set(), {"config", "presets"}),
     # data
     "distributed": ({"torch"}, {"errors"}),
-    "coco": ({"numpy", "PIL"}, {"errors"}),
+    "coco": ({"numpy", "PIL", "pycocotools"}, {"errors"}),
     "transforms": ({"torch", "torchvision", "numpy", "PIL", "pycocotools"}, {"coco"}),
     "data": (
         {"torch", "numpy"},
@@ -52,7 +52,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "published": (
         {"torch", "torchvision", "numpy"},
         {"checkpoint", "command_line", "config", "errors", "presets"}
-        | {"data", "fcos", "model", "pseudo_labels"},
+        | {"data", "fcos", "mask_head", "model", "pseudo_labels"},
     ),
     "coco_eval": (
         {"torch", "numpy", "pycocotools", "tqdm"},
@@ -60,7 +60,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     ),
     "guard": ({"torch"}, {"distributed", "errors"}),
     "traps": (set(), {"config"}),
-    "visualize": ({"torch", "numpy", "PIL"}, set()),
+    "visualize": ({"torch", "numpy", "PIL"}, {"coco"}),
     "reporting": (
         {"torch", "torchvision.ops", "tqdm", "PIL"},
         {"config", "data", "distributed", "model", "pseudo_labels", "traps", "visualize"},

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from pycocotools.coco import COCO
 
 import train
@@ -16,6 +17,7 @@ from boxteacher.config import ConfigError
 from boxteacher.data import collate, make_val_set
 from boxteacher.fcos import Detections, make_locations
 from boxteacher.losses import box_masks
+from boxteacher.mask_head import aligned_upsample
 from boxteacher.model import Encoded, build_model
 from boxteacher.tools import given_boxes, label, study
 from boxteacher.tools.given_boxes import Looks, label_image, window
@@ -66,7 +68,9 @@ def pixels(data):
 
 def whole_masks(model, encoded, batch, index):
     with torch.no_grad():
-        return model.mask_probs(encoded, 0, torch.tensor(index), batch.sizes[0], (64, 64))
+        maps = model.mask_logits_s4(encoded, torch.tensor(index)[None]).sigmoid()
+    maps = aligned_upsample(maps, 4)[..., : batch.sizes[0][0], : batch.sizes[0][1]]
+    return F.interpolate(maps, size=(64, 64), mode="bilinear")[0]
 
 
 def encode(model, batch):
@@ -85,22 +89,46 @@ def in_image(found, box, size=(64, 64)):
 
 
 def test_windows_hold_the_values_of_whole_masks(model, batch):
-    encoded = encode(model, batch)
-    index = torch.arange(0, 160, 2)  # more than are read at a time
-    corners = torch.rand(len(index), 2, 2) * 64
-    boxes = torch.cat([corners.amin(1), corners.amax(1)], dim=1)
-    scores = torch.rand(len(index))
+    encoded, index = encode(model, batch), torch.arange(0, 160, 8)
     view = View((64, 64), (96, 96), (0, 0, 96, 96), flip=False)
     with torch.no_grad():
-        maps, trust = given_boxes.read_masks(model, encoded, view, index, boxes, scores)
+        maps = model.mask_maps(encoded, 0, index)
     whole = whole_masks(model, encoded, batch, index.tolist())
-    for probs, wanted, box, score, found in zip(maps, whole, boxes, scores, trust, strict=True):
-        x1, y1, x2, y2 = box.tolist()
-        wanted = wanted[math.floor(y1) : math.ceil(y2), math.floor(x1) : math.ceil(x2)]
-        torch.testing.assert_close(probs, wanted, atol=1e-5, rtol=0)
-        foreground = wanted[wanted > 0.5]
+    for mask_map, wanted in zip(maps, whole, strict=True):
+        corners = torch.rand(2, 2) * 64
+        span = window(torch.cat([corners.amin(0), corners.amax(0)]), (64, 64))
+        found = given_boxes.read_window(mask_map, view, span)
+        torch.testing.assert_close(found, wanted[span], atol=1e-5, rtol=0)
+
+
+def test_a_mirrored_or_cropped_view_is_read_at_the_same_pixels():
+    """A map that is linear in x and y is read exactly, wherever it comes from."""
+    original, span = (40, 60), (slice(10, 20), slice(12, 40))
+    y, x = torch.meshgrid(torch.arange(40.0), torch.arange(60.0), indexing="ij")
+    for flip in (False, True):
+        view = View(original, (80, 120), (12, 16, 40, 72), flip)  # twice as large, cropped
+        rows, columns = (4 * torch.arange(n) + 2.0 for n in (10, 18))
+        columns = 71 - columns if flip else columns
+        of_y = (rows + 12 + 0.5) / 2 - 0.5  # where the cells are in the original
+        of_x = (columns + 16 + 0.5) / 2 - 0.5
+        found = given_boxes.read_window(of_y[:, None] + 100 * of_x, view, span)
+        torch.testing.assert_close(found, (y + 100 * x)[span], atol=1e-3, rtol=0)
+
+
+def test_scores_of_detections_are_those_of_whole_masks(model, batch):
+    encoded, index = encode(model, batch), torch.arange(0, 160, 8)
+    corners = (torch.rand(len(index), 2, 2) * 63).floor()
+    boxes = torch.cat([corners.amin(1), corners.amax(1)], dim=1)
+    scores = torch.rand(len(index))
+    with torch.no_grad():
+        found = given_boxes.detection_scores(
+            model, encoded, index, boxes, scores, batch.sizes[0], (64, 64)
+        )
+    for k, probs in enumerate(whole_masks(model, encoded, batch, index.tolist())):
+        inside = probs[box_masks(boxes[k], 64, 64, stride=1)]
+        foreground = inside[inside > 0.5]
         mean = foreground.mean() if len(foreground) else torch.tensor(0.0)
-        torch.testing.assert_close(found, (score * mean).sqrt(), atol=1e-4, rtol=0)
+        torch.testing.assert_close(found[k], (scores[k] * mean).sqrt(), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,10 @@ from boxteacher.mask_head import (
     MaskBranch,
     aligned_upsample,
     dynamic_mask_logits,
+    mask_windows,
     num_dynamic_params,
+    pixel_positions,
+    read_maps,
 )
 
 
@@ -178,3 +181,87 @@ def test_dynamic_mask_logits_of_no_instances():
 
 def test_aligned_upsample_of_no_instances():
     assert aligned_upsample(torch.zeros(1, 0, 4, 5), 2).shape == (1, 0, 8, 10)
+
+
+# --- from the stride-4 map to pixels --------------------------------------------------------------
+
+SIZES = [  # H4, W4; the input's size without padding; the output's
+    ((16, 24), (64, 96), (64, 96)),  # as it is, without padding
+    ((16, 24), (57, 83), (57, 83)),
+    ((16, 24), (50, 96), (75, 160)),  # enlarged by different factors
+    ((16, 24), (61, 90), (600, 401)),
+    ((24, 16), (96, 63), (33, 20)),  # made smaller, down to a pixel
+    ((24, 16), (90, 62), (200, 17)),
+    ((16, 16), (64, 37), (1, 1)),
+    ((8, 8), (1, 3), (7, 9)),  # fewer pixels than a cell has
+    ((64, 72), (256, 256), (300, 280)),
+]
+
+
+def map_of(kind, height, width):
+    y, x = torch.arange(height).double()[:, None], torch.arange(width).double()
+    if kind == "noise":
+        return torch.rand(height, width).double()
+    if kind == "disk":
+        far = torch.hypot(y - height * torch.rand(()), x - width * torch.rand(()))
+        return (min(height, width) / 4 - far).sigmoid()
+    if kind == "corners":
+        at_border = ((y == 0) | (y == height - 1)) & ((x == 0) | (x == width - 1))
+        return 0.1 + 0.8 * at_border.double()
+    return torch.full((height, width), {"empty": 0.4, "full": 0.6}[kind]).double()
+
+
+KINDS = ("disk", "empty", "corners", "full", "noise", "disk", "disk")
+
+
+def whole_masks(maps, size, output_size):
+    maps = aligned_upsample(maps[None], 4)[:, :, : size[0], : size[1]]
+    return F.interpolate(maps, size=output_size, mode="bilinear", align_corners=False)[0]
+
+
+@pytest.mark.parametrize(("cells", "size", "output_size"), SIZES)
+def test_maps_are_read_as_the_whole_image_is_made(cells, size, output_size):
+    maps = torch.stack([map_of(kind, *cells) for kind in KINDS])
+    rows, columns = pixel_positions(maps, size, output_size)
+    whole = whole_masks(maps, size, output_size)
+    torch.testing.assert_close(read_maps(maps, rows, columns), whole, atol=1e-12, rtol=0)
+    every_4th = read_maps(maps, rows[2::4], columns[2::4])
+    torch.testing.assert_close(every_4th, whole[:, 2::4, 2::4], atol=1e-12, rtol=0)
+
+    some_rows = torch.randint(output_size[0], (len(maps), 5))  # other pixels of each map
+    some_columns = torch.randint(output_size[1], (len(maps), 3))
+    some = read_maps(maps, rows[some_rows], columns[some_columns])
+    for d in range(len(maps)):
+        expected = whole[d][some_rows[d]][:, some_columns[d]]
+        torch.testing.assert_close(some[d], expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.3])
+def test_windows_hold_all_of_the_masks_that_whole_images_have(threshold):
+    """At most one pixel in a million is on the other side of the threshold, by rounding."""
+    differ = total = 0
+    for cells, size, output_size in SIZES:
+        maps = torch.stack([map_of(kind, *cells) for kind in KINDS]).float()
+        whole = whole_masks(maps, size, output_size)
+        windows = mask_windows(maps, *pixel_positions(maps, size, output_size), threshold)
+        for kind, expected, (probs, (top, left)) in zip(KINDS, whole, windows, strict=True):
+            mask = torch.zeros(output_size, dtype=torch.bool)
+            mask[top : top + probs.shape[0], left : left + probs.shape[1]] = probs > threshold
+            differ, total = differ + (mask ^ (expected > threshold)).sum(), total + mask.numel()
+            assert mask.any() or kind != "full"
+            assert probs.numel() == 0 or kind != "empty" or threshold < 0.4
+    assert total > 1_000_000
+    assert differ <= total / 1_000_000
+
+
+def test_windows_are_not_much_larger_than_their_masks():
+    maps = torch.zeros(1, 64, 64)
+    maps[0, 20:30, 40:45] = 1
+    positions = pixel_positions(maps, (256, 256), (512, 512))
+    ((probs, (top, left)),) = mask_windows(maps, *positions, 0.5)
+    rows, columns = (probs > 0.5).nonzero().unbind(1)
+    assert (int(rows.min()), int(columns.min())) <= (8, 8)  # a cell has 8 x 8 pixels here
+    assert probs.shape[0] - int(rows.max()) <= 9
+    assert probs.shape[1] - int(columns.max()) <= 9
+    assert (top, left) <= (20 * 8, 40 * 8)
+    assert list(mask_windows(maps[:0], *positions, 0.5)) == []

@@ -3,12 +3,14 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torchvision.ops import box_iou
 
 from boxteacher import fcos, losses
+from boxteacher.coco import decode_mask
 from boxteacher.config import Config
 from boxteacher.data import Batch
 from boxteacher.mask_head import aligned_upsample, dynamic_mask_logits
@@ -111,6 +113,10 @@ def make_pseudo(batch: Batch) -> PseudoMasks:
     weights[0, 1] = 0
     masks = losses.box_masks(half, rows, columns) & (weights > 0)[..., None, None]
     return PseudoMasks(masks, weights)
+
+
+def full_masks(found) -> torch.Tensor:
+    return torch.from_numpy(np.stack([decode_mask(code) for code in found.masks]))
 
 
 def gradients(model, values):
@@ -447,7 +453,7 @@ def test_an_image_does_not_depend_on_its_partners_in_the_batch():
     assert torch.allclose(together.boxes, single.boxes, atol=1e-3)
     assert torch.allclose(together.scores, single.scores, atol=1e-5)
     assert torch.equal(together.labels, single.labels)
-    assert (together.masks ^ single.masks).float().mean() < 1e-4
+    assert (full_masks(together) ^ full_masks(single)).float().mean() < 1e-4
     many, one = model.make_pseudo_masks(batch), model.make_pseudo_masks(alone)
     assert many.weights[1].any()
     assert torch.allclose(many.weights[1], one.weights[0], atol=1e-5)
@@ -589,8 +595,8 @@ def test_predictions_have_the_size_asked_for_and_the_score_of_their_mode(mode):
         ],
     )
     found = model.predict(batch.images, batch.sizes, [(75, 160)])[0]
-    assert found.masks.shape == (2, 75, 160)
-    assert found.masks.dtype == torch.bool
+    masks = full_masks(found)
+    assert masks.shape == (2, 75, 160)
     assert found.labels.tolist() == [0, 2]
     expected = [[0, 4 * 1.5, 41 * 2.5, 33 * 1.5], [2 * 2.5, 5 * 1.5, 160, 75]]
     assert torch.allclose(found.boxes, torch.tensor(expected))
@@ -600,8 +606,8 @@ def test_predictions_have_the_size_asked_for_and_the_score_of_their_mode(mode):
         logits = mask_logits_at(model, encoded, 0, location)
         m = aligned_upsample(logits.sigmoid()[None, None], 4)[..., :50, :64]
         m = F.interpolate(m, size=(75, 160), mode="bilinear", align_corners=False)[0, 0]
-        assert torch.equal(found.masks[d], m > 0.5)
-        assert found.masks[d].any()
+        assert torch.equal(masks[d], m > 0.5)
+        assert masks[d].any()
         if mode == "boxteacher":
             score = math.sqrt(score * m[m > 0.5].mean().item())
         assert found.scores[d].item() == pytest.approx(score, rel=1e-5)
@@ -611,12 +617,13 @@ def test_masks_of_many_detections_do_not_depend_on_how_many_are_made_at_a_time(m
     model, batch = make_model().eval(), make_batch((0,))
     rows = [([p, p, p + 30.0, p + 20.0], 1 - p / 40, p % 3, 2 * p) for p in range(20)]
     detections_at(model, rows)
+    monkeypatch.setattr("boxteacher.model.MASK_CHUNK", 20)
     at_once = model.predict(batch.images, batch.sizes, [(64, 64)])[0]
-    monkeypatch.setattr("boxteacher.model.MASK_CHUNK", 7)
+    monkeypatch.setattr("boxteacher.model.MASK_CHUNK", 3)
     in_parts = model.predict(batch.images, batch.sizes, [(64, 64)])[0]
     assert len(at_once.scores) == 20
     assert torch.allclose(at_once.scores, in_parts.scores)
-    assert torch.equal(at_once.masks, in_parts.masks)
+    assert at_once.masks == in_parts.masks
 
 
 def test_one_image_is_predicted_as_the_data_set_would_have_it():
@@ -630,8 +637,9 @@ def test_one_image_is_predicted_as_the_data_set_would_have_it():
     expected = model.predict(padded, [(67, 96)], [(70, 100)])[0]
     found = model.predict_image(image)
     assert len(found.scores) > 3
-    for one, other in zip(found, expected, strict=True):
+    for one, other in zip(found[:3], expected[:3], strict=True):
         assert torch.equal(one, other)
+    assert found.masks == expected.masks
 
 
 def test_no_detections_and_empty_masks_are_ordinary_results():
@@ -642,10 +650,9 @@ def test_no_detections_and_empty_masks_are_ordinary_results():
         model.head.controller.bias[-1] = -5
     detections_at(model, [], [([4.0, 4.0, 30.0, 30.0], 0.8, 1, 9)])
     nothing, empty = model.predict(batch.images, batch.sizes, [(64, 70), (64, 41)])
-    assert nothing.masks.shape == (0, 64, 70)
     assert [len(x) for x in nothing] == [0, 0, 0, 0]
     assert nothing.boxes.shape == (0, 4)
-    assert not empty.masks.any()
+    assert not full_masks(empty).any()
     assert empty.scores.tolist() == [0.0]
     pseudo = model.make_pseudo_masks(batch)
     assert not pseudo.weights.any()

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from boxteacher.checkpoint import load_checkpoint, load_model, save_checkpoint
-from boxteacher.coco_eval import encode_masks
+from boxteacher.coco import encode_mask
 from boxteacher.command_line import parse
 from boxteacher.data import make_val_set
 from boxteacher.model import build_model
@@ -178,7 +178,7 @@ def test_a_model_is_loaded_from_a_checkpoint_alone(finished):
     assert class_names == checkpoint["class_names"]
     assert_close(model.state_dict(), checkpoint["teacher"], rtol=0, atol=0)
     found = model.predict_image(make_shapes_image(0, 0, 64)[0])
-    assert found.masks.shape[1:] == (64, 64)
+    assert all(mask["size"] == [64, 64] for mask in found.masks)
 
 
 def test_the_contact_sheet_is_a_picture_of_four_columns(finished):
@@ -499,7 +499,7 @@ def write_diamonds(folder: Path, name: str, seed: int, count: int, masks: bool) 
             annotation = dict(id=len(annotations) + 1, image_id=image_id, category_id=1)
             annotation["bbox"] = [int(left), int(top), width, height]
             if masks:
-                annotation["segmentation"] = encode_masks(mask[None])[0]
+                annotation["segmentation"] = encode_mask(mask)
             annotations.append(annotation)
         pixels = (pixels + rng.normal(0, 1, pixels.shape)).clip(0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(folder / name / f"{image_id}.png")

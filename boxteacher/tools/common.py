@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from boxteacher.checkpoint import load_checkpoint, load_weights
-from boxteacher.coco_eval import encode_masks
+from boxteacher.coco import encode_mask
 from boxteacher.config import Config, from_dict, validate
 from boxteacher.distributed import init_distributed
 from boxteacher.model import CondInst, build_model
@@ -82,9 +82,7 @@ def segmentation(
     """A mask, bool [h, w] at a place in an image of `size`, as a run-length code or polygons."""
     if as_polygons:
         return polygons(mask, top, left)
-    whole = np.zeros(size, dtype=bool)
-    whole[top : top + mask.shape[0], left : left + mask.shape[1]] = mask
-    return encode_masks(whole[None])[0]
+    return encode_mask(mask, (top, left), size)
 
 
 # The edges of a pixel, clockwise: the neighbor behind it, where it starts, and where it leads, each

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou, clip_boxes_to_image
 
+from boxteacher import mask_head
 from boxteacher.config import Config
 from boxteacher.fcos import assign_targets
 from boxteacher.model import MASK_CHUNK, CondInst, Encoded, Size
@@ -110,12 +111,11 @@ def look(
     found = model.detect(encoded)[0]
     found_boxes = clip_boxes_to_image(found.boxes, seen_size)
     ious = box_iou(found_boxes, seen_boxes)  # [D, G]
-    is_near = (ious >= cfg.iou_threshold).any(1)
-    places = found.location_index[is_near]
-    plain = View(seen_size, seen_size, (0, 0, *seen_size), False)
-    near = places, found_boxes[is_near], found.scores[is_near]
-    _, trust = read_masks(model, encoded, plain, *near)
-    assigned = assign_to_boxes(ious[is_near], trust, cfg.iou_threshold, cfg.score_threshold)
+    near = (ious >= cfg.iou_threshold).any(1).nonzero().flatten()
+    places = found.location_index[near]
+    near_boxes = found_boxes[near], found.scores[near]
+    trust = detection_scores(model, encoded, places, *near_boxes, seen_size, seen_size)
+    assigned = assign_to_boxes(ious[near], trust, cfg.iou_threshold, cfg.score_threshold)
 
     # 2. Every box has a location to read its mask at.
     class_probs = encoded.predictions.class_logits[0].sigmoid().amax(-1)
@@ -126,10 +126,35 @@ def look(
         index[g] = places[assigned[g]] if has_detection else best_location(encoded, quality, box)
 
     # 3. Read the masks inside the boxes.
-    maps, scores = read_masks(model, encoded, view, index, boxes, quality[index].sqrt())
-    for g, detection in enumerate(assigned.tolist()):
-        scores[g] = trust[detection] if detection >= 0 else scores[g]
-    return maps, scores, (assigned >= 0).tolist()
+    masks, scores, threshold = [], quality[index].sqrt(), cfg.mask_threshold
+    for some in index.split(MASK_CHUNK) if len(index) else ():
+        for mask_map in model.mask_maps(encoded, 0, some):
+            g = len(masks)
+            masks.append(read_window(mask_map, view, window(boxes[g], view.original)))
+            inside = torch.ones_like(masks[g], dtype=torch.bool)
+            scores[g] = mask_aware_scores(masks[g][None], scores[g], inside, threshold)
+            scores[g] = trust[assigned[g]] if assigned[g] >= 0 else scores[g]
+    return masks, scores, (assigned >= 0).tolist()
+
+
+def detection_scores(
+    model: CondInst,
+    encoded: Encoded,
+    index: Tensor,
+    boxes: Tensor,
+    scores: Tensor,
+    seen_size: Size,
+    size: Size,
+) -> Tensor:
+    """Mask-aware scores of detections at locations index [D], with boxes [D, 4] and scores [D], in
+    an image of `size` that the network sees at `seen_size`."""
+    aware = [scores[:0]]
+    chunks = (x.split(MASK_CHUNK) for x in (index, boxes, scores))
+    for some, some_boxes, some_scores in zip(*chunks, strict=True) if len(index) else ():
+        maps = model.mask_maps(encoded, 0, some)
+        positions = mask_head.pixel_positions(maps, seen_size, size)
+        aware.append(model.scores_in_boxes(maps, some_boxes, some_scores, *positions))
+    return torch.cat(aware)
 
 
 def best_location(encoded: Encoded, quality: Tensor, box: Tensor) -> Tensor:
@@ -146,24 +171,6 @@ def best_location(encoded: Encoded, quality: Tensor, box: Tensor) -> Tensor:
     return torch.where(targets.is_positive[0], quality, -1 - distance).argmax()
 
 
-def read_masks(
-    model: CondInst, encoded: Encoded, view: View, index: Tensor, boxes: Tensor, scores: Tensor
-) -> tuple[list[Tensor], Tensor]:
-    """Mask probabilities at locations index [K], each in the window of its box (boxes [K, 4] in the
-    view's original), and their mask-aware scores [K], from the scores [K] of the locations. The
-    probabilities are those of `CondInst.mask_probs`, which computes whole images."""
-    maps, trust, threshold = [], torch.zeros_like(scores), model.cfg.mask_threshold
-    for places in index.split(MASK_CHUNK):
-        for probs in model.mask_logits_s4(encoded, places[None])[0].sigmoid():
-            k = len(maps)
-            spans = enumerate(window(boxes[k], view.original))
-            rows, columns = (interpolation(view, a, s, probs.shape[a]).to(probs) for a, s in spans)
-            maps.append(rows @ probs @ columns.T)
-            inside = torch.ones_like(maps[k], dtype=torch.bool)
-            trust[k] = mask_aware_scores(maps[k][None], scores[k], inside, threshold)
-    return maps, trust
-
-
 def window(box: Tensor, size: Size) -> tuple[slice, slice]:
     """The rows and columns of pixels that a box [4] touches, at least one each."""
     spans = []
@@ -173,12 +180,15 @@ def window(box: Tensor, size: Size) -> tuple[slice, slice]:
     return tuple(spans)
 
 
-def interpolation(view: View, axis: int, pixels: slice, cells: int) -> Tensor:
-    """[pixels, cells]: bilinear weights of the rows (axis 0) or columns (1) of the stride-4 map in
-    pixels of the original. Cell i is at pixel 4 i + 2 of the network's input, which is the view."""
-    start, side = view.window[axis], view.window[2 + axis]
-    position = (torch.arange(pixels.start, pixels.stop) + 0.5) / view.original[axis]
-    position = position * view.resized[axis] - 0.5 - start
-    position = side - 1 - position if axis == 1 and view.flip else position
-    cell = ((position.clamp(0, side - 1) - 2) / 4).clamp(0, cells - 1)
-    return (1 - (cell[:, None] - torch.arange(cells)).abs()).clamp(min=0)
+def read_window(mask_map: Tensor, view: View, pixels: tuple[slice, slice]) -> Tensor:
+    """A map [H4, W4] of a view at rows and columns of the original image (as
+    `mask_head.pixel_positions` and `read_maps` do for whole images)."""
+    positions = []
+    for axis, span in enumerate(pixels):
+        start, side = view.window[axis], view.window[2 + axis]
+        place = torch.arange(span.start, span.stop).to(mask_map) + 0.5
+        place = place * (view.resized[axis] / view.original[axis]) - 0.5 - start
+        place = side - 1 - place if axis == 1 and view.flip else place
+        cells = (place.clamp(0, side - 1) - 2) / 4
+        positions.append(cells.clamp(0, mask_map.shape[axis] - 1))
+    return mask_head.read_maps(mask_map[None], *positions)[0]
