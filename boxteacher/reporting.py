@@ -6,11 +6,11 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -33,6 +33,7 @@ from .visualize import (
     sheet_side,
 )
 
+T = TypeVar("T")
 SAY_EVERY = 30  # seconds between lines of progress where there is no terminal for a bar
 
 
@@ -106,6 +107,22 @@ class RunLog:
         if self.path:
             with open(self.path, "a") as file:
                 file.write(json.dumps({k: _json_value(v) for k, v in line.items()}) + "\n")
+
+
+def progress(items: Iterable[T], what: str, total: int) -> Iterator[T]:
+    """The items, with a bar on a terminal. Without one (nohup, Slurm, CI) there is a line of text
+    now and then."""
+    if sys.stderr.isatty():
+        yield from tqdm(items, what, total, leave=False)
+        return
+    started = said = time.monotonic()
+    for done, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if now - said > SAY_EVERY:
+            left = (now - started) / done * (total - done) / 60
+            print(f"{what}: {done} of {total}, {left:.0f} min left", file=sys.stderr, flush=True)
+            said = now
 
 
 def _json_value(value: Any) -> Any:

@@ -121,9 +121,9 @@ def test_scores_of_detections_are_those_of_whole_masks(model, batch):
     boxes = torch.cat([corners.amin(1), corners.amax(1)], dim=1)
     scores = torch.rand(len(index))
     with torch.no_grad():
-        found = given_boxes.detection_scores(
-            model, encoded, index, boxes, scores, batch.sizes[0], (64, 64)
-        )
+        detections = Detections(boxes, scores, torch.zeros_like(index), index)
+        sizes = batch.sizes[0], (64, 64)
+        found = given_boxes.detection_scores(model, encoded, detections, *sizes)
     for k, probs in enumerate(whole_masks(model, encoded, batch, index.tolist())):
         inside = probs[box_masks(boxes[k], 64, 64, stride=1)]
         foreground = inside[inside > 0.5]

@@ -14,12 +14,13 @@ from PIL import Image
 from pycocotools import mask as rle_codec
 from pycocotools.coco import COCO
 
-from boxteacher import errors
+from boxteacher import errors, reporting
 from boxteacher.checkpoint import load_checkpoint, save_checkpoint
-from boxteacher.coco import decode_mask, encode_mask
+from boxteacher.coco import decode_mask, encode_mask, polygons
 from boxteacher.command_line import parse
 from boxteacher.config import ConfigError
 from boxteacher.model import build_model
+from boxteacher.reporting import progress
 from boxteacher.shapes import CLASS_NAMES, load_shapes_image, make_shapes_coco
 from boxteacher.tools import common, predict
 from boxteacher.visualize import draw_instances, instance_color, paint_instance_map, with_legend
@@ -169,8 +170,8 @@ def test_the_batch_changes_nothing(folder, first, monkeypatch):
 def test_polygons_are_the_same_masks(folder, first, monkeypatch):
     run(monkeypatch, folder, folder / "images/b.png", "--output", folder / "poly", "--polygons")
     wanted = [r for r in results_of(first) if r["file_name"].endswith("b.png")]
-    for polygons, code in zip(results_of(folder / "poly"), wanted, strict=True):
-        codes = rle_codec.frPyObjects(polygons["segmentation"], 64, 64)
+    for result, code in zip(results_of(folder / "poly"), wanted, strict=True):
+        codes = rle_codec.frPyObjects(result["segmentation"], 64, 64)
         assert (rle_codec.decode(rle_codec.merge(codes)) == decode_mask(code["segmentation"])).all()
 
 
@@ -229,9 +230,9 @@ def test_polygons_become_the_same_mask_again(seed):
         mask = rng.random(rng.integers(1, 14, 2)) < rng.random()
         mask = np.kron(mask, np.ones(rng.integers(1, 4, 2))) > 0
         size = (mask.shape[0] + 5, mask.shape[1] + 7)
-        polygons = common.polygons(mask, top=2, left=3)
+        found = polygons(mask, top=2, left=3)
         wanted = decode_mask(encode_mask(mask, (2, 3), size))
-        codes = rle_codec.frPyObjects(polygons, *size) if polygons else []
+        codes = rle_codec.frPyObjects(found, *size) if found else []
         found = rle_codec.decode(rle_codec.merge(codes)) if codes else np.zeros(size)
         assert (found == wanted).all()
 
@@ -239,18 +240,18 @@ def test_polygons_become_the_same_mask_again(seed):
 def test_a_square_with_a_hole_is_one_polygon():
     mask = np.ones((4, 4), dtype=bool)
     mask[1:3, 1:3] = False
-    (polygon,) = common.polygons(mask)
+    (polygon,) = polygons(mask)
     corners = list(zip(polygon[::2], polygon[1::2], strict=True))
     assert len(corners) == 4 + 1 + 4 + 1  # outer, back to its start, inner, back to its start
-    assert len(common.polygons(np.eye(2, dtype=bool))) == 2  # diagonal pixels do not connect
+    assert len(polygons(np.eye(2, dtype=bool))) == 2  # diagonal pixels do not connect
 
 
 def test_without_a_terminal_there_is_a_line_now_and_then(monkeypatch):
     times = iter(range(0, 1000, 20))
     stream = io.StringIO()
-    monkeypatch.setattr(common.time, "monotonic", lambda: next(times))
+    monkeypatch.setattr(reporting.time, "monotonic", lambda: next(times))
     monkeypatch.setattr("sys.stderr", stream)
-    assert list(common.progress("abcdef", "read", 6)) == list("abcdef")
+    assert list(progress("abcdef", "read", 6)) == list("abcdef")
     assert stream.getvalue().splitlines() == [
         "read: 2 of 6, 1 min left",
         "read: 4 of 6, 1 min left",

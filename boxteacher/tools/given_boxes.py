@@ -16,7 +16,7 @@ from torchvision.ops import box_iou, clip_boxes_to_image
 
 from boxteacher import mask_head
 from boxteacher.config import Config
-from boxteacher.fcos import assign_targets
+from boxteacher.fcos import Detections, assign_targets
 from boxteacher.model import MASK_CHUNK, CondInst, Encoded, Size
 from boxteacher.pseudo_labels import assign_to_boxes, mask_aware_scores
 from boxteacher.tools.common import network_input, test_view
@@ -39,30 +39,24 @@ class BoxMask(NamedTuple):
     source: str  # "detection" or "location"
 
 
-# --- one image ------------------------------------------------------------------------------------
-
-
 def label_image(model: CondInst, pixels: np.ndarray, boxes: Tensor, looks: Looks) -> list[BoxMask]:
     """Masks for the boxes [G, 4] of an image, uint8 RGB [h, w, 3], both in its own pixels.
 
     Probabilities and scores are means over the looks. A mask without pixels over the threshold
     keeps those from half of its maximum. None is empty.
     """
-    maps: list[list[Tensor]] = [[] for _ in boxes]
-    scores, is_detected = boxes.new_zeros(len(boxes)), [False] * len(boxes)
+    sums, counts, scores = [0.0] * len(boxes), [0] * len(boxes), [0.0] * len(boxes)
+    sources = ["location"] * len(boxes)
     for view, chosen in views(pixels.shape[:2], boxes, model.cfg, looks):
-        found, found_scores, detected = look(model, pixels, view, boxes[chosen])
-        for k, g in enumerate(chosen):
-            maps[g].append(found[k])
-            scores[g] += found_scores[k]
-            is_detected[g] |= detected[k]
+        found = look(model, pixels, view, boxes[chosen])
+        for g, probs, score, has_detection in zip(chosen, *found, strict=True):
+            sums[g], scores[g], counts[g] = sums[g] + probs, scores[g] + score, counts[g] + 1
+            sources[g] = "detection" if has_detection else sources[g]
     masks = []
-    for of_box, score, detected in zip(maps, scores.tolist(), is_detected, strict=True):
-        probs = sum(of_box) / len(of_box)
-        mask = probs > model.cfg.mask_threshold
-        mask = mask if mask.any() else probs >= probs.max() / 2
-        source = "detection" if detected else "location"
-        masks.append(BoxMask(mask.cpu().numpy(), score / len(of_box), source))
+    for total, count, score, source in zip(sums, counts, scores, sources, strict=True):
+        mask = total / count > model.cfg.mask_threshold
+        mask = mask if mask.any() else total >= total.max() / 2
+        masks.append(BoxMask(mask.cpu().numpy(), score / count, source))
     return masks
 
 
@@ -75,17 +69,14 @@ def views(
         resized = tuple(max(round(scale * side), 1) for side in base.resized)
         everything.append((View(size, resized, (0, 0, *resized), False), range(len(boxes))))
     for g, (x1, y1, x2, y2) in enumerate(boxes.tolist()):
-        factor = looks.zoom / max(x2 - x1, y2 - y1)
+        factor, reach = looks.zoom / max(x2 - x1, y2 - y1), looks.zoom * CONTEXT / 2
         if factor > base.resized[0] / size[0]:
-            resized, crop = [], []
-            for low, high, side in ((y1, y2, size[0]), (x1, x2, size[1])):
-                resized.append(max(round(factor * side), 1))
-                reach = CONTEXT * looks.zoom / 2
-                center = (low + high) / 2 * factor
-                start = max(int(center - reach), 0)
-                crop.append((start, max(min(math.ceil(center + reach), resized[-1]) - start, 1)))
-            (top, height), (left, width) = crop
-            everything.append((View(size, tuple(resized), (top, left, height, width), False), [g]))
+            resized = tuple(max(round(factor * side), 1) for side in size)
+            centers = factor * (y1 + y2) / 2, factor * (x1 + x2) / 2
+            first = [max(int(center - reach), 0) for center in centers]
+            ends = zip((math.ceil(center + reach) for center in centers), resized, strict=True)
+            sides = [max(min(end) - start, 1) for end, start in zip(ends, first, strict=True)]
+            everything.append((View(size, resized, (*first, *sides), False), [g]))
     for view, chosen in everything:
         yield view, chosen
         if looks.flip:
@@ -95,7 +86,7 @@ def views(
 @torch.no_grad()
 def look(
     model: CondInst, pixels: np.ndarray, view: View, boxes: Tensor
-) -> tuple[list[Tensor], Tensor, list[bool]]:
+) -> tuple[list[Tensor], list[float], list[bool]]:
     """The mask probabilities of boxes [G, 4] in one view, each in the window of its box, their
     scores [G], and which boxes have a detection.
 
@@ -108,52 +99,44 @@ def look(
     seen_boxes = torch.from_numpy(view.boxes(boxes.cpu().double().numpy())[0]).to(boxes)
 
     # 1. Detections near a box choose among the boxes.
-    found = model.detect(encoded)[0]
-    found_boxes = clip_boxes_to_image(found.boxes, seen_size)
-    ious = box_iou(found_boxes, seen_boxes)  # [D, G]
-    near = (ious >= cfg.iou_threshold).any(1).nonzero().flatten()
-    places = found.location_index[near]
-    near_boxes = found_boxes[near], found.scores[near]
-    trust = detection_scores(model, encoded, places, *near_boxes, seen_size, seen_size)
-    assigned = assign_to_boxes(ious[near], trust, cfg.iou_threshold, cfg.score_threshold)
+    (found,) = model.detect(encoded)
+    found = found._replace(boxes=clip_boxes_to_image(found.boxes, seen_size))
+    ious = box_iou(found.boxes, seen_boxes)  # [D, G]
+    is_near = (ious >= cfg.iou_threshold).any(1)
+    near = Detections(*(part[is_near] for part in found))
+    trust = detection_scores(model, encoded, near, seen_size, seen_size)
+    assigned = assign_to_boxes(ious[is_near], trust, cfg.iou_threshold, cfg.score_threshold)
 
     # 2. Every box has a location to read its mask at.
     class_probs = encoded.predictions.class_logits[0].sigmoid().amax(-1)
     quality = class_probs * encoded.predictions.centerness_logits[0].sigmoid()  # [P]
     index = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
     for g, box in enumerate(seen_boxes):
-        has_detection = assigned[g] >= 0
-        index[g] = places[assigned[g]] if has_detection else best_location(encoded, quality, box)
+        own = near.location_index[assigned[g]] if assigned[g] >= 0 else None
+        index[g] = best_location(encoded, quality, box) if own is None else own
 
     # 3. Read the masks inside the boxes.
     masks, scores, threshold = [], quality[index].sqrt(), cfg.mask_threshold
-    for some in index.split(MASK_CHUNK) if len(index) else ():
+    for some in index.split(MASK_CHUNK):
         for mask_map in model.mask_maps(encoded, 0, some):
             g = len(masks)
             masks.append(read_window(mask_map, view, window(boxes[g], view.original)))
             inside = torch.ones_like(masks[g], dtype=torch.bool)
             scores[g] = mask_aware_scores(masks[g][None], scores[g], inside, threshold)
             scores[g] = trust[assigned[g]] if assigned[g] >= 0 else scores[g]
-    return masks, scores, (assigned >= 0).tolist()
+    return masks, scores.tolist(), (assigned >= 0).tolist()
 
 
 def detection_scores(
-    model: CondInst,
-    encoded: Encoded,
-    index: Tensor,
-    boxes: Tensor,
-    scores: Tensor,
-    seen_size: Size,
-    size: Size,
+    model: CondInst, encoded: Encoded, found: Detections, seen_size: Size, size: Size
 ) -> Tensor:
-    """Mask-aware scores of detections at locations index [D], with boxes [D, 4] and scores [D], in
-    an image of `size` that the network sees at `seen_size`."""
-    aware = [scores[:0]]
-    chunks = (x.split(MASK_CHUNK) for x in (index, boxes, scores))
-    for some, some_boxes, some_scores in zip(*chunks, strict=True) if len(index) else ():
-        maps = model.mask_maps(encoded, 0, some)
+    """Mask-aware scores [D]. Boxes are in pixels of `size`. The network sees `seen_size`."""
+    aware = [found.scores[:0]]
+    chunks = zip(*(part.split(MASK_CHUNK) for part in found), strict=True)
+    for boxes, scores, _, index in chunks if len(found.scores) else ():
+        maps = model.mask_maps(encoded, 0, index)
         positions = mask_head.pixel_positions(maps, seen_size, size)
-        aware.append(model.scores_in_boxes(maps, some_boxes, some_scores, *positions))
+        aware.append(model.scores_in_boxes(maps, boxes, scores, *positions))
     return torch.cat(aware)
 
 

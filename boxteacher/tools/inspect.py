@@ -34,7 +34,8 @@ from boxteacher.errors import run
 from boxteacher.model import CondInst, PseudoMasks, scale_boxes
 from boxteacher.presets import from_preset
 from boxteacher.pseudo_labels import assign_to_boxes
-from boxteacher.tools.common import load_network, progress
+from boxteacher.reporting import progress
+from boxteacher.tools.common import load_network
 from boxteacher.tools.given_boxes import detection_scores
 from boxteacher.tools.statistics import ROWS, advice, statistics
 from boxteacher.visualize import (
@@ -63,8 +64,8 @@ def inspect_image(model: CondInst, batch: Batch, class_names: Sequence[str]) -> 
     del model.masks_for_boxes
     (encoded, _, found, seen_size, _), *_ = seen
     found_boxes, _ = scale_boxes(found.boxes, seen_size, size)
-    detected = found.location_index, found_boxes, found.scores
-    scores = detection_scores(model, encoded, *detected, seen_size, size)
+    found = found._replace(boxes=found_boxes)
+    scores = detection_scores(model, encoded, found, seen_size, size)
     best = scores.argsort(descending=True)[:MAX_CAPTIONS]  # the others would hide each other
     maps = model.mask_maps(encoded, 0, found.location_index[best])
     rows, columns = mask_head.pixel_positions(maps, seen_size, size)

@@ -34,13 +34,19 @@ from pycocotools.coco import COCO
 from torch import Tensor
 
 from boxteacher import errors
-from boxteacher.coco import check_size
+from boxteacher.coco import check_size, encode_mask, polygons
 from boxteacher.command_line import Parser
 from boxteacher.config import ConfigError, from_word
 from boxteacher.data import CocoDataset, make_val_set
 from boxteacher.model import CondInst
-from boxteacher.tools.common import load_network, progress, segmentation, write
+from boxteacher.reporting import progress
+from boxteacher.tools.common import load_network, write
 from boxteacher.tools.given_boxes import Looks, label_image, window
+
+try:
+    import cv2
+except ImportError:  # GrabCut is left out
+    cv2 = None
 
 # --- against true masks ---------------------------------------------------------------------------
 
@@ -56,21 +62,17 @@ def box_guesses(pixels: np.ndarray, box: Tensor) -> dict[str, np.ndarray]:
         "ellipse": np.hypot(down[:, None], across) <= 1,
         "box": np.maximum(down[:, None], across) <= 1,
     }
-    with contextlib.suppress(ImportError):
-        import cv2
-
-        # It needs some background around the box.
-        height, width = rows.stop - rows.start, columns.stop - columns.start
+    if cv2 is not None:  # it learns the background from a margin of half a box
+        height, width = guesses["box"].shape
         top, left = max(rows.start - height // 2 - 2, 0), max(columns.start - width // 2 - 2, 0)
         part = pixels[top : rows.stop + height // 2 + 2, left : columns.stop + width // 2 + 2]
         labels = np.full(part.shape[:2], cv2.GC_BGD, dtype=np.uint8)
         inner = labels[rows.start - top :, columns.start - left :][:height, :width]
-        inner[:] = cv2.GC_PR_FGD
-        models = np.zeros((2, 1, 65))
+        inner[:], models = cv2.GC_PR_FGD, np.zeros((2, 1, 65))
         cv2.setRNGSeed(0)
-        with contextlib.suppress(cv2.error):  # raised if a side has no background at all
+        with contextlib.suppress(cv2.error):  # raised if the box is all of the image
             cv2.grabCut(part.copy(), labels, None, *models, 5, cv2.GC_INIT_WITH_MASK)
-        guesses["grabcut"] = (inner == cv2.GC_FGD) | (inner == cv2.GC_PR_FGD)
+        guesses["grabcut"] = inner % 2 == 1  # sure or probable foreground
     return guesses
 
 
@@ -103,16 +105,16 @@ def label_dataset(
         boxes = torch.from_numpy(data.boxes[index]).float().to(device)
         masks = label_image(model.eval(), pixels, boxes, looks)
         for annotation, box, found in zip(annotations, boxes, masks, strict=True):
-            rows, columns = window(box, size)
-            place = rows.start, columns.start, size
+            corner = tuple(span.start for span in window(box, size))
+            shape = polygons(found.mask, *corner) if as_polygons else None
             fields[annotation["id"]] = {
-                "segmentation": segmentation(found.mask, *place, as_polygons),
+                "segmentation": shape or encode_mask(found.mask, corner, size),
                 "score": found.score,
                 "mask_source": found.source,
             }
             if annotation.get("segmentation"):
                 guesses = {"masks": found.mask, **box_guesses(pixels, box)}
-                codes = [segmentation(guess, *place) for guess in guesses.values()]
+                codes = [encode_mask(guess, corner, size) for guess in guesses.values()]
                 overlaps = rle_tools.iou(codes, [api.annToRLE(annotation)], [0])[:, 0]
                 ious[annotation["id"]] = dict(zip(guesses, overlaps.tolist(), strict=True))
     return fields, ious
@@ -158,13 +160,14 @@ def main() -> None:
         print(f"{kind:<8}{shown}")
     print(json.dumps(content))
     if args.boxes:
-        weak = [of_box for of_box in fields.values() if of_box["score"] < args.min_score]
-        for of_box in weak:
-            del of_box["segmentation"]
-        if args.min_score:
-            print(f"{len(weak)} of {len(fields)} boxes got no mask: score below {args.min_score}")
         content = {key: value for key, value in dataset.coco.items() if key != "json_path"}
         content["annotations"] = [a | fields.get(a["id"], {}) for a in content["annotations"]]
+        weak = {i for i, of_box in fields.items() if of_box["score"] < args.min_score}
+        for annotation in content["annotations"]:
+            if annotation["id"] in weak:
+                del annotation["segmentation"]
+        if args.min_score:
+            print(f"{len(weak)} of {len(fields)} boxes got no mask: score below {args.min_score}")
     output = Path(args.output or Path(args.checkpoint).with_name("given_boxes.json"))
     write(output, json.dumps(content))
     print(output)

@@ -29,11 +29,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from boxteacher import errors
-from boxteacher.coco import DataError, decode_mask, image_loader, run_lengths
+from boxteacher.coco import DataError, decode_mask, image_loader, polygons, run_lengths
 from boxteacher.coco_eval import to_coco_results
 from boxteacher.command_line import Parser
 from boxteacher.config import Config, ConfigError
 from boxteacher.model import CondInst, Instances, Size
+from boxteacher.reporting import progress
 from boxteacher.tools import common
 from boxteacher.visualize import draw_instances, instance_color, paint_instance_map, with_legend
 
@@ -217,7 +218,7 @@ def main() -> None:
 
     files = ImageFiles(todo, model.cfg, keep_pixels=bool(args.draw))
     options = dict(collate_fn=operator.itemgetter(0), num_workers=model.cfg.workers)
-    items = common.progress(DataLoader(files, **options), "predict", len(todo))
+    items = progress(DataLoader(files, **options), "predict", len(todo))
     with open(lines_path, "a") as lines:
         for group in batches(items, args.batch):
             for item, found in zip(group, predict(model, group, args.score), strict=True):
@@ -235,9 +236,7 @@ def main() -> None:
                 for result in results:
                     result["file_name"] = item.name
                     if args.polygons:
-                        result["segmentation"] = common.polygons(
-                            decode_mask(result["segmentation"])
-                        )
+                        result["segmentation"] = polygons(decode_mask(result["segmentation"]))
                 line = {"file_name": item.name, "height": item.size[0], "width": item.size[1]}
                 lines.write(json.dumps(line | {"results": results}) + "\n")
                 lines.flush()
