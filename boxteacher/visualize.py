@@ -6,7 +6,9 @@ Pictures are resized first and drawn on afterwards, so lines and text are crisp 
 from __future__ import annotations
 
 import colorsys
+import math
 from collections.abc import Sequence
+from html import escape
 from itertools import product
 
 import numpy as np
@@ -14,11 +16,12 @@ import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor
 
-from .coco import decode_mask
+from .coco import decode_mask, run_lengths
 
 Color = tuple[int, int, int]  # RGB, 0..255
 Box = tuple[int, int, int, int]  # left, top, right, bottom: its outermost pixels
 Numbers = Sequence[float] | Tensor | np.ndarray
+Points = list[tuple[float, float]]
 
 NEUTRAL: Color = (160, 160, 160)  # for what has no counterpart: no instance_color is gray
 FILL, RIM = 0.5, 0.9  # share of the color inside, of the pale rim, at opacity 1
@@ -26,6 +29,8 @@ MAX_INSTANCES, MAX_NAME = 500, 24  # in one picture; characters
 MAX_CAPTIONS, SMALL = 15, 50  # instances, and a box's side: captions would hide more and smaller
 TILE, GAP, TITLE, FOOTER = 384, 8, 32, 28  # longest side of a picture; space; heights of text
 MAX_WIDTH, MAX_HEIGHT = 1600, 1400  # of a sheet, so that a screen shows all of it
+CHART_WIDTH, CHART_HEIGHT = 400, 230
+LEFT, TOP, BOTTOM = 48, 26, 22  # margins of a chart
 
 
 def instance_color(index: int) -> Color:
@@ -84,6 +89,31 @@ def draw_instances(
         draw.font, place = ImageFont.load_default(12), (4, picture.height - 17)
         draw.text(place, f"{count} of {total} drawn", stroke_width=2, stroke_fill="black")
     return picture
+
+
+def instance_map(codes: Sequence[dict], size: tuple[int, int]) -> np.ndarray:
+    """uint16 [h, w]: 0, or the number of the instance, from 1. The smaller one lies on top."""
+    runs = [run_lengths(code) for code in codes]  # off and on in turn, down the columns
+    ids = np.zeros(size[::-1], dtype=np.uint16)
+    for k in sorted(range(len(runs)), key=lambda k: -runs[k][1::2].sum()):
+        ends = runs[k].cumsum().tolist()
+        for start, stop in zip(ends[::2], ends[1::2], strict=False):
+            ids.reshape(-1)[start:stop] = k + 1
+    return ids.T
+
+
+def tint(image: Tensor, side: int, layers: Sequence[tuple[Tensor, Color]]) -> Image.Image:
+    """The image, uint8 [3, h, w], in gray, with a long side of `side` pixels. It is colored where
+    the layers' maps, [H4, W4] in 0..1 on the stride-4 grid, are high."""
+    gray = image.float().mean(0) * 0.6 + 40
+    shown = gray[None].repeat(3, 1, 1)
+    for share, color in layers:
+        share = share.repeat_interleave(4, 0).repeat_interleave(4, 1)[: len(gray), : gray.shape[1]]
+        shown = shown + share * (shown.new_tensor(color)[:, None, None] - shown)
+    scale = side / max(image.shape)
+    picture = Image.fromarray(shown.byte().permute(1, 2, 0).cpu().numpy())
+    size = [max(1, round(length * scale)) for length in picture.size]
+    return picture.resize(size, Image.Resampling.NEAREST)
 
 
 def paint_instance_map(
@@ -253,3 +283,59 @@ def _draw_captions(
                 picture.paste(color, spot)
                 draw.text((x + 2, y), caption, "black", font)
                 break
+
+
+# --- curves, as SVG -----------------------------------------------------------------------------
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Four round numbers or so from low to high."""
+    step = 10 ** math.floor(math.log10((high - low) / 4))
+    step *= next((m for m in (1, 2, 5) if (high - low) / (m * step) <= 5), 10)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [k * step for k in range(first, last + 1)]
+
+
+def smooth(points: Points) -> Points:
+    """Means of neighboring points, about 40 in all if there are many."""
+    size = max(len(points) // 40, 1)
+    parts = [points[k : k + size] for k in range(0, len(points), size)]
+    return [tuple(sum(v) / len(v) for v in zip(*part, strict=True)) for part in parts]
+
+
+def chart(title: str, curves: dict[str, tuple[str, Points]]) -> str:
+    """Curves by name, each with its color, from x = 0 on, as SVG. Pale: all points. Firm: means of
+    neighbors. An empty text if there are no points."""
+    points = [point for _, line in curves.values() for point in line]
+    if not points:
+        return ""
+    values = sorted(y for _, y in points)
+    cut = len(values) // 100  # a few outliers may leave the picture
+    low, high = min(0.0, values[cut]), values[len(values) - 1 - cut]
+    right, high = max(*(x for x, _ in points), 1), max(high, low + 1e-9)
+    width, height = CHART_WIDTH - LEFT - 10, CHART_HEIGHT - TOP - BOTTOM
+
+    def place(x: float, y: float) -> str:
+        up = min(max((y - low) / (high - low), 0), 1)
+        return f"{LEFT + x / right * width:.1f},{TOP + (1 - up) * height:.1f}"
+
+    parts = [f'<text class="title" x="{LEFT}" y="16">{escape(title)}</text>']
+    for y in ticks(low, high):
+        at = place(0, y).split(",")[1]
+        parts.append(f'<path d="M{LEFT} {at}h{width}" stroke="#e4e4e4"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{at}" dy="4" text-anchor="end">{y:.4g}</text>')
+    for x in ticks(0, right):
+        at = place(x, low).split(",")[0]
+        parts.append(f'<text x="{at}" y="{CHART_HEIGHT - 6}" text-anchor="middle">{x:g}</text>')
+    for name, (color, line) in curves.items():
+        for some, look in ((line, 'opacity="0.25"'), (smooth(line), 'stroke-width="2"')):
+            path = " ".join(place(x, y) for x, y in some)
+            note = f"<title>{escape(name)}</title>"
+            if len(some) == 1:
+                x, y = path.split(",")
+                parts.append(f'<circle cx="{x}" cy="{y}" r="3" fill="{color}">{note}</circle>')
+            else:
+                line_look = f'fill="none" stroke="{color}" {look}'
+                parts.append(f'<polyline points="{path}" {line_look}>{note}</polyline>')
+    size = f'width="{CHART_WIDTH}" height="{CHART_HEIGHT}"'
+    return f'<svg {size} role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'

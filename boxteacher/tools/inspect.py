@@ -44,6 +44,7 @@ from boxteacher.visualize import (
     contact_sheet,
     draw_instances,
     instance_color,
+    tint,
 )
 
 SIDE = 500  # of a picture
@@ -52,85 +53,77 @@ SIDE = 500  # of a picture
 @torch.no_grad()
 def inspect_image(model: CondInst, batch: Batch, class_names: Sequence[str]) -> Image.Image:
     """Six pictures of the image of a batch (in eval mode: a run uses the statistics of a batch)."""
-    cfg, size, valid = model.cfg, batch.sizes[0], batch.valid[0]
-    height, width = size
-    image, boxes, labels = batch.images[0, :, :height, :width], batch.boxes[0, valid], batch.labels
-    labels, plain = labels[0, valid], dict(class_names=class_names, side=SIDE)
+    cfg, (height, width), valid = model.cfg, batch.sizes[0], batch.valid[0]
+    image, boxes, labels = batch.images[0, :, :height, :width], batch.boxes[0], batch.labels[0]
+    boxes, labels, plain = boxes[valid], labels[valid], dict(class_names=class_names, side=SIDE)
 
     # The teacher's step, and what it detected on the way.
     seen, masks_for_boxes = [], model.masks_for_boxes
     model.masks_for_boxes = lambda *args: seen.append(args) or masks_for_boxes(*args)
     pseudo = model.make_pseudo_masks(batch)
     del model.masks_for_boxes
-    (encoded, _, found, seen_size, _), *_ = seen
-    found_boxes, _ = scale_boxes(found.boxes, seen_size, size)
-    found = found._replace(boxes=found_boxes)
-    scores = detection_scores(model, encoded, found, seen_size, size)
+    ((encoded, _, found, *seen_size, _),) = seen
+    sizes = seen_size[0], (height, width)
+    found = found._replace(boxes=scale_boxes(found.boxes, *sizes)[0])
+    scores, ious = detection_scores(model, encoded, found, *sizes), box_iou(found.boxes, boxes)
+    assigned = assign_to_boxes(ious, scores, cfg.iou_threshold, cfg.score_threshold)
     best = scores.argsort(descending=True)[:MAX_CAPTIONS]  # the others would hide each other
     maps = model.mask_maps(encoded, 0, found.location_index[best])
-    rows, columns = mask_head.pixel_positions(maps, seen_size, size)
-    probs = mask_head.read_maps(maps, rows, columns)
-    ious = box_iou(found_boxes, boxes)
-    assigned = assign_to_boxes(ious, scores, cfg.iou_threshold, cfg.score_threshold).tolist()
+    probs = mask_head.read_maps(maps, *mask_head.pixel_positions(maps, *sizes))
 
-    # Who got which box: the box is filled, and its detection is an outline of the same color.
-    rows, columns = batch.images.shape[2] // 4, batch.images.shape[3] // 4
-    on_image = (slice(None), slice(-(-height // 4)), slice(-(-width // 4)))
-    filled = losses.box_masks(boxes, rows, columns)[on_image]
-    has = [d >= 0 for d in assigned]
-    chosen = torch.tensor([d for d in assigned if d >= 0], dtype=torch.int64)
-    pairs = [(d, g) for g, d in enumerate(assigned) if d >= 0]
-    captions = [f"IoU {ious[d, g]:.2f} s {scores[d]:.2f}" for d, g in pairs]
-    colors = [instance_color(g) if has_one else NEUTRAL for g, has_one in enumerate(has)]
-    who = draw_instances(image, None, filled, labels, colors=colors, opacity=0.6, **plain)
-    scale = SIDE / max(size)
-    names = dict(class_names=["", *captions], colors=[instance_color(g) for _, g in pairs])
-    numbers = list(range(1, len(pairs) + 1))
-    who = draw_instances(np.asarray(who), found_boxes[chosen] * scale, None, numbers, **names)
-
-    weights, masks = pseudo.weights[0, valid], pseudo.masks[0, valid]
-    shown = [
-        draw_instances(image, boxes, None, labels, **plain),
-        color_pairs(image, batch, cfg.color_threshold),
-        draw_instances(
-            image, found_boxes[best], probs, found.labels[best], scores=scores[best], **plain
+    on_image = (..., slice(-(-height // 4)), slice(-(-width // 4)))
+    filled = losses.box_masks(boxes, *pseudo.masks.shape[-2:])[on_image]
+    boxed = found.boxes[best], probs, found.labels[best]
+    shown = {
+        f"{len(boxes)} boxes": draw_instances(image, boxes, None, labels, **plain),
+        "pairs of similar color": color_pairs(image, batch, cfg.color_threshold),
+        f"{len(best)} best of {len(scores)} detections, mask-aware scores": draw_instances(
+            image, *boxed, scores=scores[best], **plain
         ),
-        who,
-        draw_instances(image, None, masks[on_image], labels, opacity=weights, **plain),
-        affinities(image, batch, pseudo, cfg.affinity_threshold),
-    ]
-    titles = [
-        f"{len(boxes)} boxes",
-        "pairs of similar color",
-        f"{len(best)} best of {len(found_boxes)} detections, mask-aware scores",
-        f"{len(pairs)} boxes got a detection",
-        "pseudo masks (opacity: score)",
-        "affinity of the pseudo masks",
-    ]
-    notes = [
-        "Blue: pairs inside a box. Red: pairs across its edge. The stronger, the more of 8.",
-        "Filled: a box. Outline: its detection. Gray: it got none. White: pairs of other labels.",
-    ]
-    sheets = [
-        contact_sheet([shown[k : k + 3]], titles[k : k + 3], notes[k // 3], SIDE) for k in (0, 3)
-    ]
-    whole = Image.new("RGB", (sheets[0].width, sum(sheet.height for sheet in sheets)))
-    whole.paste(sheets[0], (0, 0))
-    whole.paste(sheets[1], (0, sheets[0].height))
+        f"{int((assigned >= 0).sum())} boxes got a detection": assignment(
+            image, filled, found.boxes, ious, scores, assigned.tolist()
+        ),
+        "pseudo masks (opacity: score)": draw_instances(
+            image,
+            None,
+            pseudo.masks[0, valid][on_image],
+            labels,
+            opacity=pseudo.weights[0, valid],
+            **plain,
+        ),
+        "affinity of the pseudo masks": affinities(image, batch, pseudo, cfg.affinity_threshold),
+    }
+    pictures, titles = [*shown.values()], [*shown]
+    above = "Blue: pairs inside a box. Red: pairs across its edge. The stronger, the more of 8."
+    below = (
+        "Filled: a box. Outline: its detection. Gray: it got none. White: pairs of other labels."
+    )
+    above = contact_sheet([pictures[:3]], titles[:3], above, SIDE)
+    below = contact_sheet([pictures[3:]], titles[3:], below, SIDE)
+    whole = Image.new("RGB", (above.width, above.height + below.height))
+    whole.paste(above)
+    whole.paste(below, (0, above.height))
     return whole
 
 
-def tint(image: Tensor, layers: Sequence[tuple[Tensor, tuple[int, int, int]]]) -> Image.Image:
-    """The image in gray, colored where maps of the stride-4 grid, [H4, W4] in 0..1, are high."""
-    gray = image.float().mean(0) * 0.6 + 40
-    shown = gray[None].repeat(3, 1, 1)
-    for share, color in layers:
-        share = share.repeat_interleave(4, 0).repeat_interleave(4, 1)[: len(gray), : gray.shape[1]]
-        shown = shown + share * (shown.new_tensor(color)[:, None, None] - shown)
-    scale = SIDE / max(image.shape)
-    picture = Image.fromarray(shown.byte().permute(1, 2, 0).cpu().numpy())
-    size = [max(1, round(side * scale)) for side in picture.size]
-    return picture.resize(size, Image.Resampling.NEAREST)
+def assignment(
+    image: Tensor,
+    filled: Tensor,
+    found_boxes: Tensor,
+    ious: Tensor,
+    scores: Tensor,
+    assigned: Sequence[int],
+) -> Image.Image:
+    """Who got which box: a box is `filled` [G, H4, W4], and its detection an outline of the same
+    color. A box without one is gray."""
+    colors = [instance_color(g) if d >= 0 else NEUTRAL for g, d in enumerate(assigned)]
+    options = dict(colors=colors, opacity=0.6, side=SIDE)
+    picture = draw_instances(image, None, filled, [0] * len(filled), ["box"], **options)
+    pairs = [(d, g) for g, d in enumerate(assigned) if d >= 0]
+    captions = [f"IoU {ious[pair]:.2f} s {scores[pair[0]]:.2f}" for pair in pairs]
+    boxes = found_boxes[[d for d, _ in pairs]] * (SIDE / max(image.shape))
+    look = dict(class_names=[*captions, ""], colors=[instance_color(g) for _, g in pairs])
+    return draw_instances(np.asarray(picture), boxes, None, range(len(pairs)), **look)
 
 
 def color_pairs(image: Tensor, batch: Batch, threshold: float) -> Image.Image:
@@ -144,7 +137,7 @@ def color_pairs(image: Tensor, batch: Batch, threshold: float) -> Image.Image:
         other = losses.shifted(in_box[None], dy, dx)[0]
         inside += (in_box & other & is_alike[direction]).any(0) / 8
         across += (in_box & ~other & is_alike[direction]).any(0) / 8
-    return tint(image, [(inside, (60, 140, 255)), (across, (255, 40, 40))])
+    return tint(image, SIDE, [(inside, (60, 140, 255)), (across, (255, 40, 40))])
 
 
 def affinities(image: Tensor, batch: Batch, pseudo: PseudoMasks, threshold: float) -> Image.Image:
@@ -157,11 +150,9 @@ def affinities(image: Tensor, batch: Batch, pseudo: PseudoMasks, threshold: floa
     for dy, dx in losses.NEIGHBORS:
         other = losses.shifted(smooth, dy, dx)
         parted += (smooth * other + (1 - smooth) * (1 - other) < threshold) / 8
-    layers = [(smooth[0, k], instance_color(k)) for k in range(len(in_box))]
-    union = (parted[0] * in_box).amax(0) if len(in_box) else torch.zeros(masks.shape[-2:])
-    return tint(
-        image, [(0.7 * share, color) for share, color in layers] + [(union, (255, 255, 255))]
-    )
+    layers = [(0.7 * smooth[0, k], instance_color(k)) for k in range(len(in_box))]
+    layers += [(edges, (255, 255, 255)) for edges in parted[0] * in_box]
+    return tint(image, SIDE, layers)
 
 
 # --- the program ----------------------------------------------------------------------------------

@@ -29,14 +29,20 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from boxteacher import errors
-from boxteacher.coco import DataError, decode_mask, image_loader, polygons, run_lengths
+from boxteacher.coco import DataError, decode_mask, image_loader, polygons
 from boxteacher.coco_eval import to_coco_results
 from boxteacher.command_line import Parser
 from boxteacher.config import Config, ConfigError
 from boxteacher.model import CondInst, Instances, Size
 from boxteacher.reporting import progress
 from boxteacher.tools import common
-from boxteacher.visualize import draw_instances, instance_color, paint_instance_map, with_legend
+from boxteacher.visualize import (
+    draw_instances,
+    instance_color,
+    instance_map,
+    paint_instance_map,
+    with_legend,
+)
 
 LEAST_SIDE, MOST_SIDE = 800, 2000  # the long side of a drawn picture
 NO_SETTINGS = ("images", "output", "batch", "skip_existing", "device", "workers")
@@ -112,17 +118,6 @@ def predict(model: CondInst, group: Sequence[Item], least_score: float) -> Itera
 
 
 # --- pictures -------------------------------------------------------------------------------------
-
-
-def instance_map(codes: Sequence[dict[str, Any]], size: Size) -> np.ndarray:
-    """uint16 [h, w]: 0, or the number of the instance, from 1. The smaller one lies on top."""
-    runs = [run_lengths(code) for code in codes]  # off and on in turn, down the columns
-    ids = np.zeros(size[::-1], dtype=np.uint16)
-    for k in sorted(range(len(runs)), key=lambda k: -runs[k][1::2].sum()):
-        ends = runs[k].cumsum().tolist()
-        for start, stop in zip(ends[::2], ends[1::2], strict=False):
-            ids.reshape(-1)[start:stop] = k + 1
-    return ids.T
 
 
 def overlay(
