@@ -27,6 +27,7 @@ from .config import Config
 from .data import Batch
 from .distributed import reduce_mean
 from .mask_head import MaskBranch
+from .metrics import lost_box_metrics, pseudo_mask_metrics
 from .pseudo_labels import assign_to_boxes, mask_aware_scores, take_assigned
 from .transforms import View, resized_size
 
@@ -140,11 +141,10 @@ class CondInst(nn.Module):
         reliable = [(h - cut, w) for (h, w), cut in zip(batch.sizes, batch.cut_rows, strict=True)]
         rows, columns = (side // 4 for side in images.shape[-2:])
         inside_image = losses.inside_masks(reliable, rows, columns, images.device)
-        of_teacher = {} if pseudo is None else pseudo_mask_metrics(pseudo, batch)
-        if pseudo is not None and cfg.use_masks:
-            pseudo = with_true_masks(pseudo, batch)
-        sums, metrics = self.loss_sums(encoded, batch, inside_image, pseudo)
-        metrics |= of_teacher
+        mixed = with_true_masks(pseudo, batch) if pseudo and cfg.use_masks else pseudo
+        sums, metrics = self.loss_sums(encoded, batch, inside_image, mixed)
+        if pseudo is not None:
+            metrics |= pseudo_mask_metrics(*pseudo, batch)
 
         dtype = encoded.predictions.class_logits.dtype
         counts = reduce_mean(torch.stack([count.to(dtype) for _, count in sums.values()]))
@@ -173,10 +173,8 @@ class CondInst(nn.Module):
             encoded.locations, batch.boxes, batch.labels, batch.valid, batch.centers
         )
         sums = detection_losses(encoded.predictions, targets)
-        sampled, metrics = (
-            self.sample_instances(encoded, batch, targets),
-            lost_boxes(targets, batch),
-        )
+        sampled = self.sample_instances(encoded, batch, targets)
+        metrics = lost_box_metrics(targets.box_index, targets.is_positive, batch)
         if cfg.mode == "condinst":
             return sums | condinst_losses(sampled, batch.masks), metrics
 
@@ -397,39 +395,6 @@ def with_true_masks(pseudo: PseudoMasks, batch: Batch) -> PseudoMasks:
     teacher says. (Not in the paper.)"""
     masks = torch.where(batch.has_mask[..., None, None], batch.masks, pseudo.masks)
     return PseudoMasks(masks, torch.where(batch.has_mask, 1.0, pseudo.weights))
-
-
-def lost_boxes(targets: fcos.Targets, batch: Batch) -> dict[str, Tensor]:
-    """How many boxes no location learns, mostly because they are too small for the strides, and
-    the mean short side of these boxes, in pixels. Fractions [2]."""
-    count = torch.zeros_like(batch.labels)
-    count.scatter_add_(1, targets.box_index, targets.is_positive.to(count.dtype))
-    is_lost = batch.valid & (count == 0)
-    sides = torch.where(is_lost, (batch.boxes[..., 2:] - batch.boxes[..., :2]).amin(-1), 0).sum()
-    lost, total = is_lost.sum().to(sides.dtype), batch.valid.sum()
-    return {"lost_boxes": torch.stack((lost, total)), "lost_side": torch.stack((sides, lost))}
-
-
-@torch.no_grad()
-def pseudo_mask_metrics(pseudo: PseudoMasks, batch: Batch) -> dict[str, Tensor]:
-    """How many boxes have a pseudo mask, and the mean score of these. Where true masks exist, also
-    their mean IoU on the stride-4 grid. Fractions [2], which can be summed over ranks.
-    """
-    has_pseudo = (pseudo.weights > 0) & batch.valid
-    count = has_pseudo.sum()
-    num_images = torch.full_like(count, len(batch.sizes))
-    fractions = {
-        "pseudo_masks_per_image": (count, num_images),
-        "pseudo_masks_share": (count, batch.valid.sum()),
-        "mask_aware_score": (pseudo.weights.sum(), count),
-    }
-    if batch.masks is not None:
-        both = (pseudo.masks & batch.masks).sum((2, 3))
-        either = (pseudo.masks | batch.masks).sum((2, 3)).clamp(min=1)
-        is_known = has_pseudo & batch.has_mask
-        iou = torch.where(is_known, both / either, 0.0).sum()
-        fractions["pseudo_mask_iou"] = (iou, is_known.sum())
-    return {name: torch.stack([a.float(), b.float()]) for name, (a, b) in fractions.items()}
 
 
 # --- sizes ----------------------------------------------------------------------------------------

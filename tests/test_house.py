@@ -43,9 +43,10 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         {"coco", "config", "shapes", "transforms"},
     ),
     # the method
+    "metrics": ({"torch"}, {"data"}),
     "model": (
         {"torch", "torchvision", "numpy"},
-        ALONE | {"coco", "config", "data", "distributed", "transforms"},
+        ALONE | {"coco", "config", "data", "distributed", "metrics", "transforms"},
     ),
     # around it
     "checkpoint": ({"torch", "numpy"}, {"config", "errors", "model"}),
