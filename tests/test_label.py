@@ -12,6 +12,7 @@ from pycocotools.coco import COCO
 
 import train
 from boxteacher.checkpoint import save_checkpoint
+from boxteacher.coco import decode_mask
 from boxteacher.command_line import parse
 from boxteacher.config import ConfigError
 from boxteacher.data import collate, make_val_set
@@ -229,6 +230,60 @@ def test_every_box_gets_a_mask_inside_itself(pixels, bias):
         assert bias > 0 or mask.score == 0
 
 
+# --- several looks --------------------------------------------------------------------------------
+
+
+def test_with_flip_a_mirrored_image_has_the_mirrored_masks(model, pixels):
+    boxes = torch.tensor([[8.0, 8, 40, 40], [20, 30, 60, 62], [1, 2, 9, 60]])
+    mirrored = boxes.clone()
+    mirrored[:, [0, 2]] = 64 - boxes[:, [2, 0]]
+    masks = label_image(model, pixels, boxes, Looks(flip=True))
+    others = label_image(model, pixels[:, ::-1].copy(), mirrored, Looks(flip=True))
+    for mask, other in zip(masks, others, strict=True):
+        assert (mask.mask == other.mask[:, ::-1]).mean() > 0.99
+        assert mask.score == pytest.approx(other.score, abs=1e-3)
+        assert mask.source == other.source
+
+
+def test_scales_are_looked_at_one_by_one_and_averaged(model, pixels):
+    boxes = torch.tensor([[8.0, 8, 40, 40], [20, 30, 60, 62]])
+    sides = [(96, 96), (144, 144)]
+    looks = [View((64, 64), side, (0, 0, *side), False) for side in sides]
+    found = [given_boxes.look(model, pixels, view, boxes) for view in looks]
+    both = label_image(model, pixels, boxes, Looks(scales=(1.0, 1.5)))
+    for g, mean in enumerate(both):
+        first, second = (maps[g] for maps, _, _ in found)
+        assert not torch.equal(first, second)
+        probs = (first + second) / 2
+        wanted = probs > 0.5 if (probs > 0.5).any() else probs >= probs.max() / 2
+        assert np.array_equal(mean.mask, wanted.numpy())
+        assert mean.score == pytest.approx(sum(scores[g] for _, scores, _ in found) / 2, abs=1e-6)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_zoom_shows_each_smaller_box_enlarged_and_whole(model, flip):
+    """The network sees 64 pixels as 96, so a box of 50 has 75 already, more than --zoom 60."""
+    boxes = torch.tensor([[10.0, 20, 18, 26], [5, 5, 55, 15], [60, 60, 64, 62.5]])
+    base, *zoomed = given_boxes.views((64, 64), boxes, model.cfg, Looks(flip=flip, zoom=60.0))
+    assert base[0].window == (0, 0, 96, 96)
+    zoomed = zoomed[1:] if flip else zoomed
+    assert [chosen for _, (chosen) in zoomed] == [[0]] * (1 + flip) + [[2]] * (1 + flip)
+    for view, (g,) in zoomed:
+        seen, _ = view.boxes(boxes[g : g + 1].double().numpy())
+        width, height = seen[0, 2:] - seen[0, :2]
+        assert max(width, height) == pytest.approx(60, abs=1.5)  # sizes are whole pixels
+        wanted = (boxes[g, 2] - boxes[g, 0]) / (boxes[g, 3] - boxes[g, 1])
+        assert width / height == pytest.approx(float(wanted), rel=0.06)
+        assert max(view.window[2:]) <= 2 * 60 + 1
+
+
+def test_tiny_boxes_and_image_corners_can_be_zoomed(model, pixels):
+    boxes = torch.tensor([[0.0, 0, 0.4, 0.3], [63.2, 63.5, 64, 64], [30, 0, 30.01, 64]])
+    masks = label_image(model, pixels, boxes, Looks(flip=True, zoom=64.0))
+    assert [mask.mask.shape for mask in masks] == [(1, 1), (1, 1), (64, 1)]
+    assert all(mask.mask.any() for mask in masks)
+
+
 # --- against true masks ---------------------------------------------------------------------------
 
 
@@ -370,6 +425,26 @@ def test_classes_do_not_matter(folder, monkeypatch):
     )
     for a, b in zip(masks["annotations"], things["annotations"], strict=True):
         assert a | {"category_id": 9} == b
+
+
+def test_polygons_are_the_same_masks_and_weak_ones_are_left_out(folder, monkeypatch, capsys):
+    run(monkeypatch, *options(folder))
+    codes = json.loads((folder / "masks.json").read_text())["annotations"]
+    scores = sorted(a["score"] for a in codes if "score" in a)
+    least = scores[len(scores) // 2]
+    outputs = ["--output", folder / "weak.json", "--boxes", folder / "masks.json"]
+    capsys.readouterr()  # masks.json: what is weak loses the mask that it had
+    run(monkeypatch, *options(folder), *outputs, "--polygons", "--min-score", least)
+    told = f"{len(scores) // 2} of {len(scores)} boxes got no mask: score below {least}"
+    assert told in capsys.readouterr().out
+    api = COCO(str(folder / "weak.json"))
+    for code, annotation in zip(codes, api.dataset["annotations"], strict=True):
+        if annotation.get("iscrowd"):
+            continue
+        assert ("segmentation" in annotation) == (code["score"] >= least)
+        if "segmentation" in annotation:
+            assert isinstance(annotation["segmentation"], list)
+            assert (api.annToMask(annotation) == decode_mask(code["segmentation"])).all()
 
 
 def test_options_that_do_not_go_together_are_refused(folder, monkeypatch):
