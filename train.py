@@ -360,7 +360,9 @@ def main() -> None:
     out = distributed.from_main(run_folder.claim(cfg) if distributed.is_main() else None)
     if distributed.is_main():
         write_text(out / "config.json", to_json(dataclasses.replace(cfg, resume=False)))
-        length = f"{len(train_set)} images, {cfg.steps} steps, learning rate {scaled_lr(cfg):g}"
+        masks = f" ({train_set.num_masks()} boxes have masks)" if cfg.use_masks else ""
+        images = f"{len(train_set)} images{masks}"
+        length = f"{images}, {cfg.steps} steps, learning rate {scaled_lr(cfg):g}"
         print(f"{cfg.mode}: {length}, to {out}", flush=True)
     with state.guard.signals as signals:
         tables = train(state, out, train_set, val_set)

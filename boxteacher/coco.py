@@ -178,7 +178,7 @@ def _check_files(coco: dict, name: str, images_dir: Path) -> None:
             check_size(_load_image(images_dir, "stretch", entry), entry, name)
 
 
-# --- run-length codes -----------------------------------------------------------------------------
+# --- run-length codes and polygons ---------------------------------------------------------------
 
 
 def run_lengths(code: dict) -> np.ndarray:
@@ -245,6 +245,66 @@ def encode_mask(
     runs = runs if runs[-1] else runs[:-1]
     code = rle_codec.frPyObjects({"size": [height, width], "counts": runs}, height, width)
     return {"size": [height, width], "counts": code["counts"].decode()}
+
+
+# The edges of a pixel, clockwise: the neighbor behind it, where it starts, and where it leads, each
+# as (y, x) from the pixel or from the start.
+EDGES = (
+    ((-1, 0), (0, 0), (0, 1)),  # the upper one, to the right
+    ((0, 1), (0, 1), (1, 0)),  # the right one, down
+    ((1, 0), (1, 1), (0, -1)),  # the lower one, to the left
+    ((0, -1), (1, 0), (-1, 0)),  # the left one, up
+)
+
+
+def polygons(mask: np.ndarray, top: int = 0, left: int = 0) -> list[list[float]]:
+    """The outlines of a mask, bool [h, w], along the edges of its pixels, as COCO's polygons
+    [[x, y, x, y, ...], ...]. pycocotools makes the same mask of them again.
+
+    There is one polygon for each connected part (diagonal pixels do not connect). COCO has no
+    holes. So a line leads from the part's outline to the hole's and back, with nothing between.
+    `top`, `left`: the place of the mask in its image.
+    """
+    padded, loop_of_edge, part_of_loop = np.pad(mask, 1), {}, []
+    parts: list[list[tuple[int, int]]] = []
+    for edges, corners in sorted(outlines(padded)):  # from left to right
+        points = [(x - 1 + left, y - 1 + top) for x, y in corners]
+        x, y = edges[0]
+        if padded[y, x]:  # the mask is on the right of its leftmost edge: a new part
+            part_of_loop.append(len(parts))
+            parts.append(points)
+        else:  # a hole. On its left its part ends at an outline that is known already
+            start = int(np.flatnonzero(~padded[y, :x])[-1]) + 1
+            part_of_loop.append(part_of_loop[loop_of_edge[start, y]])
+            outer = parts[part_of_loop[-1]]
+            outer += [outer[0], *points, points[0]]
+        loop_of_edge |= dict.fromkeys(edges, len(part_of_loop) - 1)
+    return [[float(value) for point in points for value in point] for points in parts]
+
+
+def outlines(padded: np.ndarray) -> Iterator[tuple[list[tuple[int, int]], list[tuple[int, int]]]]:
+    """The loops of edges between pixels on and off, the former on the right hand. Yields for each
+    loop its vertical edges, from left to right, as (x, y of the pixel on their right), and its
+    corners (x, y). The outermost pixels are off."""
+    edges = set()  # (y, x) of the start, and which of EDGES
+    for side, (neighbor, (y_start, x_start), _) in enumerate(EDGES):
+        is_edge = padded & ~np.roll(padded, [-step for step in neighbor], (0, 1))
+        edges |= {(y + y_start, x + x_start, side) for y, x in np.argwhere(is_edge).tolist()}
+    free = edges.copy()
+    while free:
+        edge = first = min(free)
+        vertical, corners = [], []
+        while not corners or edge != first:
+            free.discard(edge)
+            y, x, side = edge
+            if side in (1, 3):
+                vertical.append((x, y - (side == 3)))
+            y, x = y + EDGES[side][2][0], x + EDGES[side][2][1]
+            turns = ((y, x, (side + turn) % 4) for turn in (1, 0, 3))  # to the right, if possible
+            edge = next(turn for turn in turns if turn in edges)
+            if edge[2] != side:
+                corners.append((x, y))
+        yield sorted(vertical), corners
 
 
 # --- image files ----------------------------------------------------------------------------------

@@ -95,6 +95,7 @@ class Config:
     mask_threshold: float = 0.5  # tau_m: least probability inside a pseudo mask
     iou_threshold: float = 0.5  # tau_iou: least IoU of a detection with the box that takes its mask
     score_threshold: float = 0.0  # tau_c: least score of a pseudo mask
+    use_masks: bool = False  # boxteacher: true masks replace the teacher's, where there are some
     published_score: bool = False  # pseudo masks as the published code makes them
     max_mask_locations: int = 64  # that learn a mask, per image; condinst: per rank, at random
     ema_momentum: float = 0.999  # of the teacher's moving average
@@ -119,6 +120,7 @@ class Config:
 
 FIELDS: dict[str, Any] = typing.get_type_hints(Config)  # name -> type
 LR_IMAGES = 16  # SGD: `lr` is for a step of so many images
+USUAL_LR = {"sgd": (0.01, 0.01), "adamw": (1e-4, 1e-3)}  # for LR_IMAGES; the published 0.01, 1e-4
 
 
 def scaled_lr(config: Config) -> float:
@@ -228,6 +230,8 @@ def problems(config: Config) -> Iterator[str]:
     for field in ("stride_in_1x1", "deformable"):
         if getattr(c, field) and c.backbone not in ("resnet50", "resnet101"):
             yield f"{field} is for bottlenecks: use resnet50 or resnet101, not {c.backbone}"
+    if c.use_masks and c.mode != "boxteacher":
+        yield f"use_masks is for mode boxteacher, not {c.mode} (condinst needs all masks)"
 
 
 def warnings(config: Config) -> list[str]:
@@ -235,6 +239,14 @@ def warnings(config: Config) -> list[str]:
     c, lines = config, []
     if not c.val_json:
         lines.append("val_json is empty: without a validation set there will be no tables of AP")
+    root = 1.0 if c.optimizer == "sgd" else (c.batch_size / LR_IMAGES) ** 0.5
+    low, high = (rate * root for rate in USUAL_LR[c.optimizer])
+    if not low / 4 <= c.lr <= 4 * high:
+        usual = f"{low:.2g}" if low == high else f"{low:.2g} to {high:.2g}"
+        lines.append(
+            f"lr={c.lr} is far from what is usual with {c.optimizer} and batch_size={c.batch_size}:"
+            f" {usual}" + " (it is scaled with the batch size)" * (c.optimizer == "sgd")
+        )
     if c.mode != "condinst" and 2 * c.weak_warmup_steps > c.steps:
         lines.append(
             f"weak_warmup_steps={c.weak_warmup_steps} is over half of steps={c.steps}:"
@@ -257,10 +269,10 @@ def warnings(config: Config) -> list[str]:
 # Another value of these would be another network, or another order of images.
 MEANING = """mode dataset shapes_train shapes_size backbone norm freeze_at stride_in_1x1 deformable
     pixel_format fpn_channels tower_convs mask_branch_channels mask_branch_convs mask_channels
-    size_unit mask_norm batch_size accumulate optimizer seed""".split()
+    size_unit mask_norm batch_size accumulate optimizer seed use_masks""".split()
 # These change nothing in what is learned from here on.
-CHOICES = """preset metric workers pretrained backbone_weights eval_every device compile checkpoint_every
-    log_every init resume out""".split()
+CHOICES = """preset metric workers pretrained backbone_weights eval_every device compile
+    checkpoint_every log_every init resume out""".split()
 
 
 def changes_on_resume(before: Config, now: Config) -> list[str]:

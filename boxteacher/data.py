@@ -147,6 +147,11 @@ class CocoDataset(Dataset):
         what = f"{self.name}: its classes have other ids than in {of} and are matched by name"
         return [f"{what}: {_some(other)}"] if other else []
 
+    def num_masks(self) -> str:
+        """How many boxes have a true mask: "3 of 10"."""
+        given = [bool(a.get("segmentation")) for of_image in self.annotations for a in of_image]
+        return f"{sum(given)} of {len(given)}"
+
     def true_masks(self, index: int, size: tuple[int, int]) -> Iterator[Tensor]:
         """The true masks of image `index`, bool [h, w] of the whole image at `size`, one by one in
         the order of its boxes. A mask that is not annotated is empty."""

@@ -27,6 +27,7 @@ from .config import Config
 from .data import Batch
 from .distributed import reduce_mean
 from .mask_head import MaskBranch
+from .metrics import lost_box_metrics, pseudo_mask_metrics
 from .pseudo_labels import assign_to_boxes, mask_aware_scores, take_assigned
 from .transforms import View, resized_size
 
@@ -143,9 +144,10 @@ class CondInst(nn.Module):
         reliable = [(h - cut, w) for (h, w), cut in zip(batch.sizes, batch.cut_rows, strict=True)]
         rows, columns = (side // 4 for side in images.shape[-2:])
         inside_image = losses.inside_masks(reliable, rows, columns, images.device)
-        sums, metrics = self.loss_sums(encoded, batch, inside_image, pseudo)
+        mixed = with_true_masks(pseudo, batch) if pseudo and cfg.use_masks else pseudo
+        sums, metrics = self.loss_sums(encoded, batch, inside_image, mixed)
         if pseudo is not None:
-            metrics |= pseudo_mask_metrics(pseudo, batch)
+            metrics |= pseudo_mask_metrics(*pseudo, batch)
 
         dtype = encoded.predictions.class_logits.dtype
         counts = reduce_mean(torch.stack([count.to(dtype) for _, count in sums.values()]))
@@ -175,8 +177,9 @@ class CondInst(nn.Module):
         )
         sums = detection_losses(encoded.predictions, targets)
         sampled = self.sample_instances(encoded, batch, targets)
+        metrics = lost_box_metrics(targets.box_index, targets.is_positive, batch)
         if cfg.mode == "condinst":
-            return sums | condinst_losses(sampled, batch.masks), {}
+            return sums | condinst_losses(sampled, batch.masks), metrics
 
         rows, columns = inside_image.shape[-2:]
         inside_box = losses.box_masks(sampled.of_boxes(batch.boxes), rows, columns)
@@ -187,8 +190,10 @@ class CondInst(nn.Module):
             sums |= pseudo_losses(sampled, inside_box, inside_image, pseudo, cfg.affinity_threshold)
 
         _, alike_pairs = sums["pairwise"]
-        pairs = 8 * inside_box.sum().to(alike_pairs.dtype)
-        return sums, {"similar_pair_share": torch.stack((alike_pairs, pairs)).detach()}
+        pixels = inside_box.sum().to(alike_pairs.dtype)
+        filled = ((sampled.logits > 0) & inside_box).sum()
+        metrics["similar_pair_share"] = torch.stack((alike_pairs, 8 * pixels)).detach()
+        return sums, metrics | {"mask_fill": torch.stack((filled, pixels))}  # of the boxes
 
     def sample_instances(self, encoded: Encoded, batch: Batch, targets: fcos.Targets) -> Sampled:
         """Choose positive locations, at random (CondInst) or the best of each box, and predict
@@ -391,25 +396,11 @@ def pseudo_losses(
     }
 
 
-@torch.no_grad()
-def pseudo_mask_metrics(pseudo: PseudoMasks, batch: Batch) -> dict[str, Tensor]:
-    """How many boxes have a pseudo mask, and the mean score of these. Where true masks exist, also
-    their mean IoU on the stride-4 grid. Fractions [2], which can be summed over ranks."""
-    has_pseudo = (pseudo.weights > 0) & batch.valid
-    count = has_pseudo.sum()
-    num_images = torch.full_like(count, len(batch.sizes))
-    fractions = {
-        "pseudo_masks_per_image": (count, num_images),
-        "pseudo_masks_share": (count, batch.valid.sum()),
-        "mask_aware_score": (pseudo.weights.sum(), count),
-    }
-    if batch.masks is not None:
-        both = (pseudo.masks & batch.masks).sum((2, 3))
-        either = (pseudo.masks | batch.masks).sum((2, 3)).clamp(min=1)
-        is_known = has_pseudo & batch.has_mask
-        iou = torch.where(is_known, both / either, 0.0).sum()
-        fractions["pseudo_mask_iou"] = (iou, is_known.sum())
-    return {name: torch.stack([a.float(), b.float()]) for name, (a, b) in fractions.items()}
+def with_true_masks(pseudo: PseudoMasks, batch: Batch) -> PseudoMasks:
+    """Mixed supervision: a box that has a true mask learns from it, with weight 1, whatever the
+    teacher says. (Not in the paper.)"""
+    masks = torch.where(batch.has_mask[..., None, None], batch.masks, pseudo.masks)
+    return PseudoMasks(masks, torch.where(batch.has_mask, 1.0, pseudo.weights))
 
 
 # --- sizes ----------------------------------------------------------------------------------------

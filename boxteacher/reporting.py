@@ -8,11 +8,11 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -26,6 +26,7 @@ from .data import CocoDataset, collate, make_val_set
 from .files import WriteError, whole_file, write_text
 from .model import CondInst, Instances, scale_boxes
 from .pseudo_labels import assign_to_boxes
+from .traps import Traps
 from .visualize import (
     MAX_INSTANCES,
     NEUTRAL,
@@ -35,6 +36,7 @@ from .visualize import (
     sheet_side,
 )
 
+T = TypeVar("T")
 SAY_EVERY = 30  # seconds between lines of progress where there is no terminal for a bar
 
 
@@ -64,6 +66,7 @@ class RunLog:
             mininterval=1.0,
             disable=None if distributed.is_main() else True,
         )
+        self.traps = Traps(cfg, start)
         self.started, self.since = time.perf_counter(), start
         self.run_started, self.run_start, self.last_said = self.started, start, self.started
 
@@ -85,6 +88,8 @@ class RunLog:
         shown = {"loss": f"{total:.3f}", "lr": f"{lr:.2g}", "images/s": f"{images_per_s:.1f}"}
         self.bar.set_postfix(shown | {name: f"{values[name]:.2f}" for name in losses})
         self._write({"step": step, "lr": lr, "images_per_s": images_per_s, "loss": total} | values)
+        for warning in self.traps.warnings(step, values):
+            self.say(f"warning: {warning}")
         self.started, self.since = time.perf_counter(), step
         if self.bar.disable and self.started - self.last_said > SAY_EVERY:  # there is no terminal
             pace = (self.started - self.run_started) / (step - self.run_start)
@@ -139,6 +144,22 @@ def headline_ap(tables: Mapping[str, Any]) -> float:
     """Mask AP if it was measured, else box AP. -1 if there was nothing to find."""
     ap = tables.get("segm", tables.get("bbox", {})).get("AP")
     return -1.0 if ap is None else ap
+
+
+def progress(items: Iterable[T], what: str, total: int) -> Iterator[T]:
+    """The items, with a bar on a terminal. Without one (nohup, Slurm, CI) there is a line of text
+    now and then."""
+    if sys.stderr.isatty():
+        yield from tqdm(items, what, total, leave=False)
+        return
+    started = said = time.monotonic()
+    for done, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if now - said > SAY_EVERY:
+            left = (now - started) / done * (total - done) / 60
+            print(f"{what}: {done} of {total}, {left:.0f} min left", file=sys.stderr, flush=True)
+            said = now
 
 
 def _json_value(value: Any) -> Any:

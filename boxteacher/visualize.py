@@ -6,7 +6,9 @@ Pictures are resized first and drawn on afterwards, so lines and text are crisp 
 from __future__ import annotations
 
 import colorsys
+import math
 from collections.abc import Sequence
+from html import escape
 from itertools import product
 
 import numpy as np
@@ -14,11 +16,12 @@ import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor
 
-from .coco import decode_mask
+from .coco import decode_mask, run_lengths
 
 Color = tuple[int, int, int]  # RGB, 0..255
 Box = tuple[int, int, int, int]  # left, top, right, bottom: its outermost pixels
 Numbers = Sequence[float] | Tensor | np.ndarray
+Points = list[tuple[float, float]]
 
 NEUTRAL: Color = (160, 160, 160)  # for what has no counterpart: no instance_color is gray
 FILL, RIM = 0.5, 0.9  # share of the color inside, of the pale rim, at opacity 1
@@ -26,6 +29,8 @@ MAX_INSTANCES, MAX_NAME = 500, 24  # in one picture; characters
 MAX_CAPTIONS, SMALL = 15, 50  # instances, and a box's side: captions would hide more and smaller
 TILE, GAP, TITLE, FOOTER = 384, 8, 32, 28  # longest side of a picture; space; heights of text
 MAX_WIDTH, MAX_HEIGHT = 1600, 1400  # of a sheet, so that a screen shows all of it
+CHART_WIDTH, CHART_HEIGHT = 400, 230
+LEFT, TOP, BOTTOM = 48, 26, 22  # margins of a chart
 
 
 def instance_color(index: int) -> Color:
@@ -84,6 +89,73 @@ def draw_instances(
         draw.font, place = ImageFont.load_default(12), (4, picture.height - 17)
         draw.text(place, f"{count} of {total} drawn", stroke_width=2, stroke_fill="black")
     return picture
+
+
+def instance_map(codes: Sequence[dict], size: tuple[int, int]) -> np.ndarray:
+    """uint16 [h, w]: 0, or the number of the instance, from 1. The smaller one lies on top."""
+    runs = [run_lengths(code) for code in codes]  # off and on in turn, down the columns
+    ids = np.zeros(size[::-1], dtype=np.uint16)
+    for k in sorted(range(len(runs)), key=lambda k: -runs[k][1::2].sum()):
+        ends = runs[k].cumsum().tolist()
+        for start, stop in zip(ends[::2], ends[1::2], strict=False):
+            ids.reshape(-1)[start:stop] = k + 1
+    return ids.T
+
+
+def tint(image: Tensor, side: int, layers: Sequence[tuple[Tensor, Color]]) -> Image.Image:
+    """The image, uint8 [3, h, w], in gray, with a long side of `side` pixels. It is colored where
+    the layers' maps, [H4, W4] in 0..1 on the stride-4 grid, are high."""
+    gray = image.float().mean(0) * 0.6 + 40
+    shown = gray[None].repeat(3, 1, 1)
+    for share, color in layers:
+        share = share.repeat_interleave(4, 0).repeat_interleave(4, 1)[: len(gray), : gray.shape[1]]
+        shown = shown + share * (shown.new_tensor(color)[:, None, None] - shown)
+    scale = side / max(image.shape)
+    picture = Image.fromarray(shown.byte().permute(1, 2, 0).cpu().numpy())
+    size = [max(1, round(length * scale)) for length in picture.size]
+    return picture.resize(size, Image.Resampling.NEAREST)
+
+
+def paint_instance_map(
+    image: np.ndarray, ids: np.ndarray, colors: Sequence[Color], side: int
+) -> Image.Image:
+    """The image, uint8 RGB [h, w, 3], with a long side of `side` pixels, and color k - 1 where the
+    map `ids` [h, w] of whole numbers is k. 0 is background. Rims are firm. The cost does not depend
+    on the number of instances."""
+    picture = _fit(_to_pil(image), side)
+    rows = (np.arange(picture.height) + 0.5) * ids.shape[0] / picture.height
+    columns = (np.arange(picture.width) + 0.5) * ids.shape[1] / picture.width
+    ids = np.pad(ids[rows.astype(int)[:, None], columns.astype(int)], 2, mode="edge")
+    center = ids[2:-2, 2:-2]
+    others = (ids[:-4, 2:-2], ids[4:, 2:-2], ids[2:-2, :-4], ids[2:-2, 4:])
+    is_rim = np.any([center != other for other in others], axis=0)[..., None]
+    color = np.array([(0, 0, 0), *colors], dtype=np.float32)[center]
+    color, share = np.where(is_rim, (color + 255) / 2, color), np.where(is_rim, RIM, FILL)
+    gray = np.asarray(picture.convert("L"), dtype=np.float32)[..., None]
+    painted = np.where(center[..., None] > 0, gray + share * (color - gray), np.asarray(picture))
+    return Image.fromarray(painted.astype(np.uint8))
+
+
+def with_legend(picture: Image.Image, entries: Sequence[tuple[str, Color | None]]) -> Image.Image:
+    """The picture above a strip with texts, each after a patch of its color (None: no patch)."""
+    font, line, places, x, y = ImageFont.load_default(14), 22, [], GAP, GAP
+    draw = ImageDraw.Draw(picture)
+    for text, color in entries:
+        text, patch = _printable(text), 20 if color else 0
+        width = patch + round(draw.textlength(text, font)) + 2 * GAP
+        if x > GAP and x + width > picture.width:
+            x, y = GAP, y + line
+        places.append((x, y, patch, text, color))
+        x += width
+    whole = Image.new("RGB", (picture.width, picture.height + y + line), "white")
+    whole.paste(picture)
+    draw = ImageDraw.Draw(whole)
+    for x, y, patch, text, color in places:
+        y += picture.height
+        if color:
+            draw.rectangle((x, y, x + 14, y + 14), color)
+        draw.text((x + patch, y + 7), text, "black", font, "lm")
+    return whole
 
 
 def sheet_side(row_heights: Sequence[float], columns: int) -> int:
@@ -176,16 +248,20 @@ def _resize_mask(mask: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def _captions(labels: Numbers, class_names: Sequence[str], scores: Numbers | None) -> list[str]:
-    """Class and score of each instance, as far as there are several classes, and scores. Names are
-    cut, and control characters, escape codes and lone surrogates go."""
+    """Class and score of each instance, as far as there are several classes, and scores."""
     captions = []
     for i, label in enumerate(torch.as_tensor(labels).tolist()):
-        start = class_names[label][: 10 * MAX_NAME]
-        name = " ".join("".join(c if c.isprintable() else " " for c in start).split()) or "?"
-        name = name if len(name) <= MAX_NAME else name[: MAX_NAME - 3] + "..."
+        name = _printable(class_names[label])
         score = [f"{float(scores[i]):.2f}"] if scores is not None else []
         captions.append(" ".join([name] * (len(class_names) > 1) + score))
     return captions
+
+
+def _printable(name: str) -> str:
+    """A name without control characters, escape codes and lone surrogates, cut to MAX_NAME."""
+    start = name[: 10 * MAX_NAME]
+    name = " ".join("".join(c if c.isprintable() else " " for c in start).split()) or "?"
+    return name if len(name) <= MAX_NAME else name[: MAX_NAME - 3] + "..."
 
 
 def _draw_captions(
@@ -207,3 +283,59 @@ def _draw_captions(
                 picture.paste(color, spot)
                 draw.text((x + 2, y), caption, "black", font)
                 break
+
+
+# --- curves, as SVG -----------------------------------------------------------------------------
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Four round numbers or so from low to high."""
+    step = 10 ** math.floor(math.log10((high - low) / 4))
+    step *= next((m for m in (1, 2, 5) if (high - low) / (m * step) <= 5), 10)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [k * step for k in range(first, last + 1)]
+
+
+def smooth(points: Points) -> Points:
+    """Means of neighboring points, about 40 in all if there are many."""
+    size = max(len(points) // 40, 1)
+    parts = [points[k : k + size] for k in range(0, len(points), size)]
+    return [tuple(sum(v) / len(v) for v in zip(*part, strict=True)) for part in parts]
+
+
+def chart(title: str, curves: dict[str, tuple[str, Points]]) -> str:
+    """Curves by name, each with its color, from x = 0 on, as SVG. Pale: all points. Firm: means of
+    neighbors. An empty text if there are no points."""
+    points = [point for _, line in curves.values() for point in line]
+    if not points:
+        return ""
+    values = sorted(y for _, y in points)
+    cut = len(values) // 100  # a few outliers may leave the picture
+    low, high = min(0.0, values[cut]), values[len(values) - 1 - cut]
+    right, high = max(*(x for x, _ in points), 1), max(high, low + 1e-9)
+    width, height = CHART_WIDTH - LEFT - 10, CHART_HEIGHT - TOP - BOTTOM
+
+    def place(x: float, y: float) -> str:
+        up = min(max((y - low) / (high - low), 0), 1)
+        return f"{LEFT + x / right * width:.1f},{TOP + (1 - up) * height:.1f}"
+
+    parts = [f'<text class="title" x="{LEFT}" y="16">{escape(title)}</text>']
+    for y in ticks(low, high):
+        at = place(0, y).split(",")[1]
+        parts.append(f'<path d="M{LEFT} {at}h{width}" stroke="#e4e4e4"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{at}" dy="4" text-anchor="end">{y:.4g}</text>')
+    for x in ticks(0, right):
+        at = place(x, low).split(",")[0]
+        parts.append(f'<text x="{at}" y="{CHART_HEIGHT - 6}" text-anchor="middle">{x:g}</text>')
+    for name, (color, line) in curves.items():
+        for some, look in ((line, 'opacity="0.25"'), (smooth(line), 'stroke-width="2"')):
+            path = " ".join(place(x, y) for x, y in some)
+            note = f"<title>{escape(name)}</title>"
+            if len(some) == 1:
+                x, y = path.split(",")
+                parts.append(f'<circle cx="{x}" cy="{y}" r="3" fill="{color}">{note}</circle>')
+            else:
+                line_look = f'fill="none" stroke="{color}" {look}'
+                parts.append(f'<polyline points="{path}" {line_look}>{note}</polyline>')
+    size = f'width="{CHART_WIDTH}" height="{CHART_HEIGHT}"'
+    return f'<svg {size} role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'

@@ -44,9 +44,10 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         {"coco", "config", "shapes", "transforms"},
     ),
     # the method
+    "metrics": ({"torch"}, {"data"}),
     "model": (
         {"torch", "torchvision", "numpy"},
-        ALONE | {"coco", "config", "data", "distributed", "transforms"},
+        ALONE | {"coco", "config", "data", "distributed", "metrics", "transforms"},
     ),
     # around it
     "checkpoint": ({"torch", "numpy"}, {"config", "errors", "files", "model"}),
@@ -61,10 +62,12 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         {"cityscapes_eval", "coco", "config", "data", "distributed", "errors", "files", "model"},
     ),
     "guard": ({"torch"}, {"distributed", "errors"}),
+    "traps": (set(), {"config"}),
     "visualize": ({"torch", "numpy", "PIL"}, {"coco"}),
     "reporting": (
         {"torch", "torchvision.ops", "tqdm", "PIL"},
-        {"config", "data", "distributed", "files", "model", "pseudo_labels", "visualize"},
+        {"config", "data", "distributed", "files", "model", "pseudo_labels", "traps"}
+        | {"visualize"},
     ),
     "run_folder": (set(), {"checkpoint", "config", "data", "files", "reporting"}),
 }

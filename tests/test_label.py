@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from pycocotools import mask as rle_tools
 from pycocotools.coco import COCO
 
 import train
 from boxteacher.checkpoint import save_checkpoint
-from boxteacher.coco import encode_mask
+from boxteacher.coco import decode_mask
 from boxteacher.command_line import parse
 from boxteacher.config import ConfigError
 from boxteacher.data import collate, make_val_set
@@ -21,7 +20,9 @@ from boxteacher.fcos import Detections, make_locations
 from boxteacher.losses import box_masks
 from boxteacher.mask_head import aligned_upsample
 from boxteacher.model import Encoded, build_model
-from boxteacher.tools import label, study
+from boxteacher.tools import given_boxes, label, study
+from boxteacher.tools.given_boxes import Looks, label_image, window
+from boxteacher.transforms import View
 
 torch.set_num_threads(1)
 # pycocotools under numpy 2
@@ -52,8 +53,18 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def batch(model):
-    return collate([make_val_set(model.cfg)[0]])
+def data(model):
+    return make_val_set(model.cfg)
+
+
+@pytest.fixture(scope="module")
+def batch(data):
+    return collate([data[0]])
+
+
+@pytest.fixture(scope="module")
+def pixels(data):
+    return data.load_image(data.images[0])
 
 
 def whole_masks(model, encoded, batch, index):
@@ -68,30 +79,57 @@ def encode(model, batch):
         return model.encode(model.normalize(batch.images, batch.sizes))
 
 
-def decoded(mask):
-    return torch.from_numpy(rle_tools.decode(mask["segmentation"])).bool()
+def in_image(found, box, size=(64, 64)):
+    """A mask in the window of its box as a mask of the image."""
+    whole = torch.zeros(size, dtype=torch.bool)
+    whole[window(box, size)] = torch.from_numpy(found.mask)
+    return whole
 
 
 # --- one image ------------------------------------------------------------------------------------
 
 
 def test_windows_hold_the_values_of_whole_masks(model, batch):
-    encoded = encode(model, batch)
-    index = torch.arange(0, 160, 2)  # more than are read at a time
-    corners = torch.rand(len(index), 2, 2) * 64
+    encoded, index = encode(model, batch), torch.arange(0, 160, 8)
+    view = View((64, 64), (96, 96), (0, 0, 96, 96), flip=False)
+    with torch.no_grad():
+        maps = model.mask_maps(encoded, 0, index)
+    whole = whole_masks(model, encoded, batch, index.tolist())
+    for mask_map, wanted in zip(maps, whole, strict=True):
+        corners = torch.rand(2, 2) * 64
+        span = window(torch.cat([corners.amin(0), corners.amax(0)]), (64, 64))
+        found = given_boxes.read_window(mask_map, view, span)
+        torch.testing.assert_close(found, wanted[span], atol=1e-5, rtol=0)
+
+
+def test_a_mirrored_or_cropped_view_is_read_at_the_same_pixels():
+    """A map that is linear in x and y is read exactly, wherever it comes from."""
+    original, span = (40, 60), (slice(10, 20), slice(12, 40))
+    y, x = torch.meshgrid(torch.arange(40.0), torch.arange(60.0), indexing="ij")
+    for flip in (False, True):
+        view = View(original, (80, 120), (12, 16, 40, 72), flip)  # twice as large, cropped
+        rows, columns = (4 * torch.arange(n) + 2.0 for n in (10, 18))
+        columns = 71 - columns if flip else columns
+        of_y = (rows + 12 + 0.5) / 2 - 0.5  # where the cells are in the original
+        of_x = (columns + 16 + 0.5) / 2 - 0.5
+        found = given_boxes.read_window(of_y[:, None] + 100 * of_x, view, span)
+        torch.testing.assert_close(found, (y + 100 * x)[span], atol=1e-3, rtol=0)
+
+
+def test_scores_of_detections_are_those_of_whole_masks(model, batch):
+    encoded, index = encode(model, batch), torch.arange(0, 160, 8)
+    corners = (torch.rand(len(index), 2, 2) * 63).floor()
     boxes = torch.cat([corners.amin(1), corners.amax(1)], dim=1)
     scores = torch.rand(len(index))
-    sizes = (batch.sizes[0], (64, 64))
     with torch.no_grad():
-        maps, trust = label.read_masks(model, encoded, sizes, index, boxes, scores)
-    whole = whole_masks(model, encoded, batch, index.tolist())
-    for probs, wanted, box, score, found in zip(maps, whole, boxes, scores, trust, strict=True):
-        x1, y1, x2, y2 = box.tolist()
-        wanted = wanted[math.floor(y1) : math.ceil(y2), math.floor(x1) : math.ceil(x2)]
-        torch.testing.assert_close(probs, wanted, atol=1e-5, rtol=0)
-        foreground = wanted[wanted > 0.5]
+        detections = Detections(boxes, scores, torch.zeros_like(index), index)
+        sizes = batch.sizes[0], (64, 64)
+        found = given_boxes.detection_scores(model, encoded, detections, *sizes)
+    for k, probs in enumerate(whole_masks(model, encoded, batch, index.tolist())):
+        inside = probs[box_masks(boxes[k], 64, 64, stride=1)]
+        foreground = inside[inside > 0.5]
         mean = foreground.mean() if len(foreground) else torch.tensor(0.0)
-        torch.testing.assert_close(found, (score * mean).sqrt(), atol=1e-4, rtol=0)
+        torch.testing.assert_close(found[k], (scores[k] * mean).sqrt(), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -105,10 +143,12 @@ def test_windows_hold_the_values_of_whole_masks(model, batch):
     ],
 )
 def test_a_window_holds_the_pixels_that_its_box_touches(box, rows, columns):
-    assert label.window(torch.tensor(box), (64, 64)) == (slice(*rows), slice(*columns))
+    assert window(torch.tensor(box), (64, 64)) == (slice(*rows), slice(*columns))
 
 
-def test_a_box_has_the_mask_of_its_detection_or_of_its_best_location(model, batch, monkeypatch):
+def test_a_box_has_the_mask_of_its_detection_or_of_its_best_location(
+    model, batch, pixels, monkeypatch
+):
     """Two detections on the first box: the one with the higher mask-aware score gets it, though the
     other comes first. None overlaps the second box enough."""
     encoded = encode(model, batch)
@@ -122,21 +162,21 @@ def test_a_box_has_the_mask_of_its_detection_or_of_its_best_location(model, batc
     detections = Detections(found * 1.5, scores, torch.zeros(3, dtype=torch.int64), index)
     monkeypatch.setattr(model, "detect", lambda encoded: [detections])
     best = {tuple((boxes[1] * 1.5).tolist()): torch.tensor(133)}
-    monkeypatch.setattr(label, "best_location", lambda _, __, box: best[tuple(box.tolist())])
+    monkeypatch.setattr(given_boxes, "best_location", lambda _, __, box: best[tuple(box.tolist())])
 
-    first, second = label.label_image(model, batch, boxes, (64, 64))
-    assert (first["mask_source"], second["mask_source"]) == ("detection", "location")
-    assert first["score"] == pytest.approx(math.sqrt(scores[1] * means[1]), abs=1e-4)
+    first, second = label_image(model, pixels, boxes, Looks())
+    assert (first.source, second.source) == ("detection", "location")
+    assert first.score == pytest.approx(math.sqrt(scores[1] * means[1]), abs=1e-4)
     wanted = (whole[1] > 0.5) & box_masks(boxes[0] - torch.tensor([0, 0, 1, 1]), 64, 64, stride=1)
-    assert torch.equal(decoded(first), wanted)
+    assert torch.equal(in_image(first, boxes[0]), wanted)
 
     quality = encoded.predictions.class_logits[0, 133].sigmoid().max()
     quality = quality * encoded.predictions.centerness_logits[0, 133].sigmoid()
     wanted = whole_masks(model, encoded, batch, [133])[0]
     wanted = wanted * box_masks(boxes[1] - torch.tensor([0, 0, 1, 1]), 64, 64, stride=1)
-    assert torch.equal(decoded(second), wanted > 0.5)
+    assert torch.equal(in_image(second, boxes[1]), wanted > 0.5)
     score = math.sqrt(math.sqrt(quality) * wanted[wanted > 0.5].mean())
-    assert second["score"] == pytest.approx(score, abs=1e-4)
+    assert second.score == pytest.approx(score, abs=1e-4)
 
 
 def test_the_best_location_is_that_of_a_search_over_all():
@@ -162,56 +202,120 @@ def test_the_best_location_is_that_of_a_search_over_all():
                 best, best_quality = p, float(quality[p])
             if math.hypot(px - x, py - y) < nearest_distance:
                 nearest, nearest_distance = p, math.hypot(px - x, py - y)
-        assert int(label.best_location(encoded, quality, box)) == (
+        assert int(given_boxes.best_location(encoded, quality, box)) == (
             nearest if best is None else best
         )
 
 
 @pytest.mark.parametrize("bias", [0.5, -30.0, -300.0])  # the latter: no pixel over the threshold
-def test_every_box_gets_a_mask_inside_itself(batch, bias):
+def test_every_box_gets_a_mask_inside_itself(pixels, bias):
     model = make_model(parse(WORDS))
     with torch.no_grad():
         model.head.controller.bias[-1] = bias
     corners = torch.rand(40, 2, 2) * 64
     boxes = torch.cat([corners.amin(1), corners.amax(1)], dim=1)
     boxes[0], boxes[1] = torch.tensor([10.2, 10.2, 10.4, 10.4]), torch.tensor([0.0, 0, 64, 64])
-    masks = label.label_image(model, batch, boxes, (64, 64))
+    masks = label_image(model, pixels, boxes, Looks())
     assert len(masks) == 40
-    sources = {mask["mask_source"] for mask in masks}
-    assert sources == {"detection", "location"}
-    for mask, (x1, y1, x2, y2) in zip(masks, boxes.tolist(), strict=True):
-        rows, columns = decoded(mask).nonzero().unbind(1)
+    assert {mask.source for mask in masks} == {"detection", "location"}
+    for mask, box in zip(masks, boxes, strict=True):
+        x1, y1, x2, y2 = box.tolist()
+        rows, columns = in_image(mask, box).nonzero().unbind(1)
         assert len(rows) > 0
         assert columns.min() >= math.floor(x1)
         assert columns.max() < math.ceil(x2)
         assert rows.min() >= math.floor(y1)
         assert rows.max() < math.ceil(y2)
-        assert 0 <= mask["score"] <= 1
-        assert bias > 0 or mask["score"] == 0
+        assert 0 <= mask.score <= 1
+        assert bias > 0 or mask.score == 0
+
+
+# --- several looks --------------------------------------------------------------------------------
+
+
+def test_with_flip_a_mirrored_image_has_the_mirrored_masks(model, pixels):
+    boxes = torch.tensor([[8.0, 8, 40, 40], [20, 30, 60, 62], [1, 2, 9, 60]])
+    mirrored = boxes.clone()
+    mirrored[:, [0, 2]] = 64 - boxes[:, [2, 0]]
+    masks = label_image(model, pixels, boxes, Looks(flip=True))
+    others = label_image(model, pixels[:, ::-1].copy(), mirrored, Looks(flip=True))
+    for mask, other in zip(masks, others, strict=True):
+        assert (mask.mask == other.mask[:, ::-1]).mean() > 0.99
+        assert mask.score == pytest.approx(other.score, abs=1e-3)
+        assert mask.source == other.source
+
+
+def test_scales_are_looked_at_one_by_one_and_averaged(model, pixels):
+    boxes = torch.tensor([[8.0, 8, 40, 40], [20, 30, 60, 62]])
+    sides = [(96, 96), (144, 144)]
+    looks = [View((64, 64), side, (0, 0, *side), False) for side in sides]
+    found = [given_boxes.look(model, pixels, view, boxes) for view in looks]
+    both = label_image(model, pixels, boxes, Looks(scales=(1.0, 1.5)))
+    for g, mean in enumerate(both):
+        first, second = (maps[g] for maps, _, _ in found)
+        assert not torch.equal(first, second)
+        probs = (first + second) / 2
+        wanted = probs > 0.5 if (probs > 0.5).any() else probs >= probs.max() / 2
+        assert np.array_equal(mean.mask, wanted.numpy())
+        assert mean.score == pytest.approx(sum(scores[g] for _, scores, _ in found) / 2, abs=1e-6)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_zoom_shows_each_smaller_box_enlarged_and_whole(model, flip):
+    """The network sees 64 pixels as 96, so a box of 50 has 75 already, more than --zoom 60."""
+    boxes = torch.tensor([[10.0, 20, 18, 26], [5, 5, 55, 15], [60, 60, 64, 62.5]])
+    base, *zoomed = given_boxes.views((64, 64), boxes, model.cfg, Looks(flip=flip, zoom=60.0))
+    assert base[0].window == (0, 0, 96, 96)
+    zoomed = zoomed[1:] if flip else zoomed
+    assert [chosen for _, (chosen) in zoomed] == [[0]] * (1 + flip) + [[2]] * (1 + flip)
+    for view, (g,) in zoomed:
+        seen, _ = view.boxes(boxes[g : g + 1].double().numpy())
+        width, height = seen[0, 2:] - seen[0, :2]
+        assert max(width, height) == pytest.approx(60, abs=1.5)  # sizes are whole pixels
+        wanted = (boxes[g, 2] - boxes[g, 0]) / (boxes[g, 3] - boxes[g, 1])
+        assert width / height == pytest.approx(float(wanted), rel=0.06)
+        assert max(view.window[2:]) <= 2 * 60 + 1
+
+
+def test_tiny_boxes_and_image_corners_can_be_zoomed(model, pixels):
+    boxes = torch.tensor([[0.0, 0, 0.4, 0.3], [63.2, 63.5, 64, 64], [30, 0, 30.01, 64]])
+    masks = label_image(model, pixels, boxes, Looks(flip=True, zoom=64.0))
+    assert [mask.mask.shape for mask in masks] == [(1, 1), (1, 1), (64, 1)]
+    assert all(mask.mask.any() for mask in masks)
 
 
 # --- against true masks ---------------------------------------------------------------------------
 
 
-def test_masks_ellipses_and_boxes_are_compared_with_true_masks():
-    """Of two 4 x 8 boxes, one true mask is all of its box, the other its left half."""
-    full, left = np.zeros((2, 16, 16), dtype=bool)
-    full[2:6, 2:10] = True
-    left[8:12, 2:6] = True
-    top = full & (np.arange(16) < 4)[:, None]
-    boxes = [[2, 2, 8, 4], [2, 8, 8, 4], [0, 0, 4, 4], [0, 0, 4, 4]]
-    annotations = [dict(id=i, image_id=1, category_id=1, bbox=b) for i, b in enumerate(boxes, 1)]
-    true, guess = [encode_mask(full), encode_mask(left)], [encode_mask(top), encode_mask(left)]
-    annotations[0]["segmentation"], annotations[1]["segmentation"] = true
-    annotations[3]["segmentation"] = true[0]  # not labeled
-    coco = {"images": [dict(id=1, width=16, height=16)], "annotations": annotations}
-    masks = {i: {"segmentation": guess[i - 1]} for i in (1, 2)} | {3: {"segmentation": guess[0]}}
-    table = label.compare(coco, masks)
-    assert table["masks"] == {"mean_iou": 0.75, "over_50": 0.5, "over_75": 0.5}
-    assert table["box"] == {"mean_iou": 0.75, "over_50": 0.5, "over_75": 0.5}
-    # pixel centers in the ellipse with half axes 4 and 2: 6 in the outer rows, 8 in the inner ones
-    assert table["ellipse"]["mean_iou"] == pytest.approx((28 / 32 + 14 / 30) / 2)
-    assert label.compare(coco, {3: masks[3]}) == {}
+def test_a_box_alone_gives_itself_and_its_ellipse():
+    """A box of 8 x 4 pixels. The ellipse holds the centers of 6 or 8 pixels of a row."""
+    pixels = np.zeros((16, 16, 3), dtype=np.uint8)
+    guesses = label.box_guesses(pixels, torch.tensor([2.0, 2, 10, 6]))
+    assert guesses["box"].sum() == guesses["box"].size == 32
+    assert guesses["ellipse"].sum(1).tolist() == [6, 8, 8, 6]
+    # a pixel whose center lies outside is touched, but does not belong
+    assert label.box_guesses(pixels, torch.tensor([1.6, 2, 9.4, 6]))["box"].sum() == 4 * 7
+
+
+def test_grabcut_finds_the_object_in_its_box():
+    pytest.importorskip("cv2")
+    rng = np.random.default_rng(0)
+    pixels = rng.normal(60, 8, (60, 80, 3)).clip(0, 255).astype(np.uint8)
+    y, x = np.mgrid[:60, :80]
+    disk = np.hypot(x - 40, y - 30) < 14
+    pixels[disk] += 120
+    (found,) = [label.box_guesses(pixels, torch.tensor([26.0, 16, 55, 45]))["grabcut"]]
+    true = disk[16:45, 26:55]
+    assert (found & true).sum() / (found | true).sum() > 0.95
+
+
+def test_ious_become_a_mean_and_shares():
+    rows = [{"masks": 0.5, "box": 1.0}, {"masks": 1.0, "box": 0.7}]
+    assert label.summary(rows) == {
+        "masks": {"mean_iou": 0.75, "over_50": 0.5, "over_75": 0.5},
+        "box": {"mean_iou": 0.85, "over_50": 1.0, "over_75": 0.5},
+    }
+    assert label.summary([]) == {}
 
 
 # --- the program ----------------------------------------------------------------------------------
@@ -292,7 +396,7 @@ def test_the_validation_set_is_compared_with_its_true_masks(folder, monkeypatch)
     assert content["num_boxes"] == len(val_set.coco["annotations"])
     assert 0 < content["num_unclaimed"] < content["num_boxes"]
     for part in ("all", "unclaimed"):
-        assert content[part].keys() == {"masks", "ellipse", "box"}
+        assert content[part].keys() >= {"masks", "ellipse", "box"}
         assert 0 < content[part]["masks"]["mean_iou"] < 1
         assert 0.3 < content[part]["ellipse"]["mean_iou"] < 0.8
 
@@ -321,6 +425,26 @@ def test_classes_do_not_matter(folder, monkeypatch):
     )
     for a, b in zip(masks["annotations"], things["annotations"], strict=True):
         assert a | {"category_id": 9} == b
+
+
+def test_polygons_are_the_same_masks_and_weak_ones_are_left_out(folder, monkeypatch, capsys):
+    run(monkeypatch, *options(folder))
+    codes = json.loads((folder / "masks.json").read_text())["annotations"]
+    scores = sorted(a["score"] for a in codes if "score" in a)
+    least = scores[len(scores) // 2]
+    outputs = ["--output", folder / "weak.json", "--boxes", folder / "masks.json"]
+    capsys.readouterr()  # masks.json: what is weak loses the mask that it had
+    run(monkeypatch, *options(folder), *outputs, "--polygons", "--min-score", least)
+    told = f"{len(scores) // 2} of {len(scores)} boxes got no mask: score below {least}"
+    assert told in capsys.readouterr().out
+    api = COCO(str(folder / "weak.json"))
+    for code, annotation in zip(codes, api.dataset["annotations"], strict=True):
+        if annotation.get("iscrowd"):
+            continue
+        assert ("segmentation" in annotation) == (code["score"] >= least)
+        if "segmentation" in annotation:
+            assert isinstance(annotation["segmentation"], list)
+            assert (api.annToMask(annotation) == decode_mask(code["segmentation"])).all()
 
 
 def test_options_that_do_not_go_together_are_refused(folder, monkeypatch):

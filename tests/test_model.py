@@ -361,6 +361,65 @@ def test_condinst_does_learn_from_true_masks():
     assert values["mask"] != other["mask"]
 
 
+# --- mixed supervision ----------------------------------------------------------------------------
+
+
+def test_with_use_masks_and_no_mask_everything_is_as_without():
+    batch, results = make_batch(), []
+    none = batch._replace(has_mask=torch.zeros_like(batch.has_mask))
+    for use_masks in (False, True):
+        model = make_model(use_masks=use_masks)
+        values, _ = model(batch.images, none, 1.0, make_pseudo(batch))
+        results.append((values, gradients(model, values)))
+    (values, grads), (others, other_grads) = results
+    assert values == others
+    assert all(torch.equal(grad, other_grads[name]) for name, grad in grads.items())
+
+
+def test_a_box_with_a_true_mask_learns_from_it_with_weight_1():
+    """As if the teacher had said so. The metrics are about what it did say."""
+    batch, pseudo = make_batch(), make_pseudo(make_batch())
+    has_mask = torch.zeros_like(batch.has_mask)
+    has_mask[0, 1] = has_mask[2, 0] = True  # the first of them got no detection
+    some = batch._replace(has_mask=has_mask)
+    masks, weights = pseudo.masks.clone(), pseudo.weights.clone()
+    for place in ((0, 1), (2, 0)):
+        masks[place], weights[place] = batch.masks[place], 1.0
+    mixed, metrics = make_model(use_masks=True)(batch.images, some, 1.0, pseudo)
+    wanted, _ = make_model()(batch.images, batch, 1.0, PseudoMasks(masks, weights))
+    plain, plain_metrics = make_model()(batch.images, some, 1.0, pseudo)
+    assert mixed == wanted
+    assert mixed["pseudo_mask"] != plain["pseudo_mask"]
+    assert torch.equal(metrics["mask_aware_score"], plain_metrics["mask_aware_score"])
+
+
+# --- what warnings are made of --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["condinst", "boxinst"])
+def test_boxes_without_a_location_are_counted(mode):
+    """A box of 3 x 5 pixels between the locations (4 + 8 i, 4 + 8 j) has none."""
+    batch = make_batch()
+    boxes, valid = batch.boxes.clone(), batch.valid.clone()
+    boxes[0, 5], valid[0, 5] = torch.tensor([21.0, 21, 24, 26]), True
+    few = batch._replace(boxes=boxes, valid=valid, centers=(boxes[..., :2] + boxes[..., 2:]) / 2)
+    _, before = make_model(mode)(batch.images, batch)
+    _, after = make_model(mode)(batch.images, few)
+    assert (after["lost_boxes"] - before["lost_boxes"]).tolist() == [1, 1]
+    assert (after["lost_side"] - before["lost_side"]).tolist() == [3, 1]
+
+
+def test_masks_of_all_ones_fill_their_boxes():
+    model, batch = make_model("boxinst"), make_batch()
+    for bias, fill in ((50.0, 1.0), (-50.0, 0.0)):
+        with torch.no_grad():
+            model.head.controller.weight.zero_()
+            model.head.controller.bias.zero_()[-1] = bias
+        _, metrics = model(batch.images, batch)
+        above, below = metrics["mask_fill"].tolist()
+        assert above / below == fill
+
+
 # --- nothing to learn from is a case --------------------------------------------------------------
 
 

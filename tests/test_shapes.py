@@ -19,7 +19,7 @@ from pycocotools.cocoeval import COCOeval
 from boxteacher import shapes
 from boxteacher.command_line import parse
 from boxteacher.data import Sample, collate, make_train_set
-from boxteacher.tools import inspect
+from boxteacher.tools import statistics
 
 SIZE = 192
 # pycocotools' decoder under numpy 2
@@ -188,7 +188,7 @@ def test_colors_mislead_as_often_as_on_photographs():
     Of the pairs that pull, more cross an outline than COCO's 1.8 %, for objects are smaller here.
     """
     cfg = parse(["shapes", "--shapes-train", "100"])
-    found = inspect.statistics(make_train_set(cfg), 100, cfg.color_threshold)
+    found = statistics.statistics(make_train_set(cfg), 100, cfg.color_threshold)
     assert found["short_sides_of_images"] == [160, 160, 160]
     assert 7.2 < found["leaks"] < 10.8
     assert 24 < found["alike_inside"] < 36
@@ -248,16 +248,16 @@ def test_statistics_agree_with_a_slow_loop():
                 kind = 0 if ends[0] != ends[1] else 1 if ends[0] else 2
                 distance = np.linalg.norm(lab[y][x] - lab[y + dy][x + dx])
                 expected[g, kind] += 1, np.exp(-distance / 2) >= 0.3
-    counts = inspect.pair_counts(collate([sample]), 0.3)
+    counts = statistics.pair_counts(collate([sample]), 0.3)
     assert counts.tolist() == expected.tolist()
     assert (expected[:2] > 0).all()
 
-    shares = inspect.pair_shares(counts, torch.tensor(has_mask))
+    shares = statistics.pair_shares(counts, torch.tensor(has_mask))
     total, alike = expected[:2].sum(0).T
     leaky = np.mean(expected[:2, 0, 1] / expected[:2, 0, 0] > 0.25)
     first = [expected[..., 1].sum() / expected[..., 0].sum(), *(alike / total)]
-    assert list(shares) == list(inspect.ROWS)
+    assert list(shares) == list(statistics.ROWS)
     assert list(shares.values()) == pytest.approx(
         [100 * share for share in (*first, alike[0] / alike.sum(), leaky)], abs=1e-3
     )
-    assert list(inspect.pair_shares(counts, torch.zeros(3).bool())) == ["alike_in_box"]
+    assert list(statistics.pair_shares(counts, torch.zeros(3).bool())) == ["alike_in_box"]

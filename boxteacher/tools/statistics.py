@@ -1,0 +1,110 @@
+"""A training set in numbers (`boxteacher.tools.inspect --statistics`)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from boxteacher import losses
+from boxteacher.config import Config
+from boxteacher.data import Batch, CocoDataset, collate
+
+LEAKY = 0.25  # share of leaks above which an object counts as leaky
+ROWS = {  # names in the JSON line and what they are, in percent; all but the first need true masks
+    "alike_in_box": "of all pairs in the box, look alike",
+    "leaks": "across the mask's outline, look alike (leaks)",
+    "alike_inside": "inside the object, look alike",
+    "alike_background": "of the background in the box, look alike",
+    "wrong_pulls": "of all pairs that pull (look alike), pull wrongly (leaks)",
+    "leaky_objects": f"objects with over {LEAKY:.0%} leaks (share of their crossing pairs)",
+}
+
+
+# What photographs have, and what to do if a figure is above it. COCO's figures are 9, 1.8 and 3.4.
+ADVICE = {
+    "leaks": (20, "outlines are hard to see in the colors: a higher --color-threshold helps"),
+    "wrong_pulls": (10, "many pairs pull masks over their outlines: masks will be too large"),
+    "leaky_objects": (
+        15,
+        "colors do not show these objects: some true masks would help (--use-masks)",
+    ),
+}
+
+
+def pair_counts(batch: Batch, threshold: float) -> Tensor:
+    """Pairs of pixels per box of a batch of one image, counted as the pairwise loss weighs them:
+    once for each end in the box whose other end lies on the image.
+
+    Returns int64 [G, 3, 2]: pairs that cross the true mask's outline, inside it and outside it
+    (where there is no mask, all); all of them and those whose similarity reaches the threshold.
+    """
+    rows, columns = (side // 4 for side in batch.images.shape[-2:])
+    reliable = [(h - cut, w) for (h, w), cut in zip(batch.sizes, batch.cut_rows, strict=True)]
+    on_image = losses.inside_masks(reliable, rows, columns)
+    is_alike = losses.color_similarity(batch.images, on_image)[0] >= threshold
+    in_box = losses.box_masks(batch.boxes[0][batch.valid[0]], rows, columns)
+    mask = torch.zeros_like(in_box) if batch.masks is None else batch.masks[0, : len(in_box)]
+
+    counts = torch.zeros(len(in_box), 3, 2, dtype=torch.int64)
+    for direction, (dy, dx) in enumerate(losses.NEIGHBORS):
+        other = losses.shifted(mask, dy, dx)
+        pairs = in_box & on_image & losses.shifted(on_image, dy, dx)
+        for kind, is_kind in enumerate((mask ^ other, mask & other, ~(mask | other))):
+            counts[:, kind, 0] += (pairs & is_kind).sum((1, 2))
+            counts[:, kind, 1] += (pairs & is_kind & is_alike[direction]).sum((1, 2))
+    return counts
+
+
+def pair_shares(counts: Tensor, has_mask: Tensor) -> dict[str, float]:
+    """ROWS from pair_counts [G, 3, 2] and bool [G]; without a true mask only the first of them."""
+    total, alike = counts.sum((0, 1)).tolist()
+    shares = [alike / max(total, 1)]
+    if has_mask.any():
+        total, alike = counts[has_mask].sum(0).clamp(min=1).double().unbind(-1)
+        is_leaky = counts[has_mask, 0, 1] > LEAKY * counts[has_mask, 0, 0]
+        shares += torch.stack([*alike / total, alike[0] / alike.sum(), is_leaky.double().mean()])
+    return {name: round(100 * float(share), 3) for name, share in zip(ROWS, shares, strict=False)}
+
+
+def statistics(data: CocoDataset, images: int, threshold: float) -> dict[str, object]:
+    """Sizes (5 %, median, 95 %) and ROWS of `images` images, spread evenly over the set."""
+    chosen = np.unique(np.linspace(0, len(data) - 1, images).astype(int)).tolist()
+    batches = [collate([data[index]]) for index in chosen]
+    boxes = torch.cat([b.boxes[0][b.valid[0]] for b in batches])
+    empty = batches[0].has_mask is None
+    has_mask = torch.cat([(b.valid & False if empty else b.has_mask)[b.valid] for b in batches])
+    sizes = {
+        "short_sides_of_images": [min(b.sizes[0]) for b in batches],
+        "objects_per_image": [int(b.valid.sum()) for b in batches],
+        "longer_sides_of_boxes": (boxes[:, 2:] - boxes[:, :2]).amax(1).tolist(),
+    }
+    counts = torch.cat([pair_counts(b, threshold) for b in batches])
+    spread = {name: np.percentile(of, (5, 50, 95)).round(1).tolist() for name, of in sizes.items()}
+    return {"images": len(batches), "objects": len(boxes)} | spread | pair_shares(counts, has_mask)
+
+
+def advice(found: dict[str, object], cfg: Config) -> list[str]:
+    """One line for each figure that is outside of what photographs have."""
+    lines = []
+    for name, (most, text) in ADVICE.items():
+        if found.get(name, 0) > most:
+            lines.append(f"{name} is {found[name]:.1f} % (photographs: under {most}): {text}")
+    alike = found["alike_in_box"]
+    if alike < 10:
+        lines.append(f"alike_in_box is {alike:.1f} % (photographs: 30): lower --color-threshold")
+    if alike > 60:
+        text = "raise --color-threshold, or stretch dark images (--contrast stretch)"
+        lines.append(f"alike_in_box is {alike:.1f} % (photographs: 30): {text}")
+    small, middle, _ = found["longer_sides_of_boxes"]
+    if small < 12:
+        text = f"masks have a grid of 4 pixels: images {16 / max(small, 1):.1f} times as large help"
+        lines.append(f"5 % of the boxes have a longer side under {small:.0f} pixels: {text}")
+    if middle > 4 * cfg.size_unit or middle < cfg.size_unit / 4:
+        text = f"most boxes would share one level of the pyramid: --size-unit {middle / 1.5:.0f}"
+        lines.append(f"half of the boxes are larger than {middle:.0f} pixels, half smaller: {text}")
+    most = found["objects_per_image"][2]
+    if most > cfg.max_detections:
+        text = f"--max-detections is {cfg.max_detections}: raise it"
+        lines.append(f"5 % of the images have over {most:.0f} objects: {text}")
+    return lines

@@ -1,0 +1,296 @@
+"""inspect.py and report.py: what the method sees, and what a run says, as people look at it."""
+
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from boxteacher import losses
+from boxteacher.checkpoint import save_checkpoint
+from boxteacher.command_line import parse
+from boxteacher.config import ConfigError, to_json
+from boxteacher.data import collate, make_train_set
+from boxteacher.errors import UserError
+from boxteacher.model import PseudoMasks, build_model
+from boxteacher.shapes import CLASS_NAMES
+from boxteacher.tools import inspect, report, statistics
+from boxteacher.visualize import chart, instance_color, smooth, ticks
+
+torch.set_num_threads(1)
+
+WORDS = """shapes --fpn-channels 64 --tower-convs 1 --mask-branch-channels 16 --mask-branch-convs 1
+    --device cpu --norm gn --mask-norm gn --shapes-size 64 --shapes-train 6 --train-sizes 64
+    --train-max-size 64 --test-size 64 --test-max-size 96 --size-unit 16 --teacher-size 96
+    --iou-threshold 0.2""".split()
+
+
+@pytest.fixture(scope="module")
+def model():
+    """It detects something everywhere."""
+    torch.manual_seed(1)
+    model = build_model(parse(WORDS), len(CLASS_NAMES))
+    with torch.no_grad():
+        model.head.class_logits.bias.fill_(0.5)
+        model.head.distances.bias.fill_(1.5)
+        model.head.controller.weight.normal_(std=0.03)
+        model.head.controller.bias.normal_(std=0.4)[-1] = 4.0
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def batch(model):
+    return collate([make_train_set(model.cfg)[0, 0]])
+
+
+def run(monkeypatch, module, *argv):
+    monkeypatch.setattr("sys.argv", [str(word) for word in (module.__name__, *argv)])
+    module.main()
+
+
+# --- inspect --------------------------------------------------------------------------------------
+
+
+def test_pictures_are_made_of_every_image(model, tmp_path, monkeypatch):
+    state = {"config": dataclasses.asdict(model.cfg), "class_names": CLASS_NAMES, "step": 1}
+    state |= {"category_ids": [1, 2, 3, 4, 5, 6], "student": model.state_dict()}
+    save_checkpoint(tmp_path / "last.pt", state | {"teacher": None, "optimizer": None})
+    words = ("--checkpoint", tmp_path / "last.pt", "--output", tmp_path / "out", "--images", 3)
+    run(monkeypatch, inspect, *words)
+    pictures = [Image.open(path) for path in sorted((tmp_path / "out").iterdir())]
+    assert len(pictures) == 3
+    assert all(picture.width > 3 * inspect.SIDE for picture in pictures)
+    assert all(picture.height > 2 * inspect.SIDE for picture in pictures)
+
+
+def test_the_pseudo_masks_are_those_of_the_teachers_step(model, batch, monkeypatch):
+    """What is assigned in the picture is what has a weight in the step."""
+    calls, assignment = [], inspect.assignment
+    monkeypatch.setattr(inspect, "assignment", lambda *a: calls.append(a) or assignment(*a))
+    inspect.inspect_image(model, batch, CLASS_NAMES)
+    (_, filled, _, _, scores, assigned), *_ = calls
+    pseudo = model.make_pseudo_masks(batch)
+    weights = pseudo.weights[0, batch.valid[0]]
+    assert len(filled) == len(assigned) == len(weights)
+    assert any(d >= 0 for d in assigned)
+    for weight, detection in zip(weights.tolist(), assigned, strict=True):
+        wanted = scores[detection].item() if detection >= 0 else 0.0
+        assert weight == pytest.approx(wanted, abs=1e-5)
+
+
+def test_pairs_inside_a_box_are_blue_and_those_across_its_edge_red():
+    """In an image of one color all pairs look alike."""
+    image = torch.full((1, 3, 64, 64), 128, dtype=torch.uint8)
+    boxes = torch.zeros(1, 8, 4)
+    boxes[0, 0] = torch.tensor([16.0, 16, 47, 47])
+    valid = (torch.arange(8) == 0)[None]
+    batch = collate_like(image, boxes, valid)
+    picture = np.array(inspect.color_pairs(image[0], batch, 0.3)).astype(int)
+    red, _, blue = picture[:: inspect.SIDE // 16, :: inspect.SIDE // 16].transpose(2, 0, 1)[
+        :, :16, :16
+    ]
+    assert (blue > red)[7:9, 7:9].all()  # far from the edge
+    assert red[5, 5] > red[8, 8]
+    assert red[0, 0] == blue[0, 0]  # gray: outside
+
+
+def collate_like(image, boxes, valid):
+    from boxteacher.data import Batch
+
+    empty = torch.zeros(1, 8, dtype=torch.int64)
+    sizes = [tuple(image.shape[-2:])]
+    return Batch(image, sizes, boxes, empty, valid, boxes[..., :2], None, None, [0], [1])
+
+
+def test_affinities_part_pixels_at_the_outline_of_a_mask():
+    image = torch.full((3, 64, 64), 128, dtype=torch.uint8)
+    boxes = torch.zeros(1, 8, 4)
+    boxes[0, 0] = torch.tensor([0.0, 0, 63, 63])
+    masks = torch.zeros(1, 8, 16, 16, dtype=torch.bool)
+    masks[0, 0, :, :8] = True
+    weights = (torch.arange(8) == 0)[None].float()
+    batch = collate_like(image[None], boxes, weights > 0)
+    picture = np.array(inspect.affinities(image, batch, PseudoMasks(masks, weights), 0.5))
+    cells = picture[:: inspect.SIDE // 16, :: inspect.SIDE // 16][:16, :16].astype(int)
+    assert cells[8, 7].min() > cells[8, 2].min()  # whiter at the outline than inside
+    assert cells[8, 8].min() > cells[8, 13].min()
+    assert (
+        np.abs(cells[8, 2] - instance_color(0)).sum()
+        < np.abs(cells[8, 13] - instance_color(0)).sum()
+    )
+
+
+def test_options_of_inspect_that_do_not_go_together_are_refused(monkeypatch):
+    for words in ([], ["--statistics", "--checkpoint", "a.pt", "--output", "b"], ["--output", "b"]):
+        with pytest.raises(ConfigError, match="give either --statistics, or --checkpoint"):
+            run(monkeypatch, inspect, *words)
+
+
+def test_figures_of_photographs_bring_no_advice_and_others_do():
+    cfg = parse(["coco_boxinst_r50_1x"])
+    found = dict(alike_in_box=30.0, leaks=9.0, wrong_pulls=1.8, leaky_objects=3.4)
+    found |= dict(longer_sides_of_boxes=[20.0, 90.0, 500.0], objects_per_image=[1.0, 5.0, 20.0])
+    assert statistics.advice(found, cfg) == []
+    odd = dict(
+        alike_in_box=[2.0, 80.0],
+        leaks=[40.0],
+        wrong_pulls=[15.0],
+        leaky_objects=[30.0],
+        longer_sides_of_boxes=[[4.0, 90.0, 500.0], [20.0, 400.0, 600.0]],
+        objects_per_image=[[1.0, 5.0, 300.0]],
+    )
+    for name, values in odd.items():
+        for value in values:
+            (line,) = statistics.advice(found | {name: value}, cfg)
+            assert re.search(r"--[a-z-]+|masks will be too large|times as large", line)
+
+
+def test_statistics_print_rows_advice_and_json(monkeypatch, capsys):
+    words = ("--statistics", "--images", "3", "--color-threshold", "0.99")
+    run(monkeypatch, inspect, *WORDS, *words)
+    lines = capsys.readouterr().out.splitlines()
+    assert json.loads(lines[-1])["images"] == 3
+    assert any(line.endswith("lower --color-threshold") for line in lines)
+
+
+# --- report ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two runs: a BoxTeacher with two evaluations and a sheet, and one that has just begun."""
+    folders = tmp_path / "first", tmp_path / "se<co>nd"
+    for folder, mode in zip(folders, ("boxteacher", "boxinst"), strict=True):
+        folder.mkdir()
+        (folder / "config.json").write_text(to_json(parse(["shapes", f"--mode={mode}"])))
+    lines = []
+    for step in range(20, 1001, 20):
+        line = {"step": step, "lr": 1e-3, "images_per_s": 10.0, "loss": 3 - step / 1000}
+        line |= {"class": 1.0, "pseudo_mask": None if step == 20 else 0.5}
+        lines.append(line | {"pseudo_mask_iou": step / 2000, "pseudo_masks_share": 0.9})
+        if step % 500 == 0:
+            table = dict.fromkeys(("AP", "AP50", "AP75", "APs", "APm", "APl"), step / 50)
+            table["per_class"] = {"star & ring": 12.34, "blob": None}
+            lines.append({"step": step, "evaluation": {"segm": table, "bbox": table}})
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folders[0] / "metrics.jsonl").write_text(text + '{"step": 1020, "lo')  # cut off by a crash
+    (folders[1] / "metrics.jsonl").write_text(json.dumps({"step": 20, "loss": 2.5}) + "\n")
+    Image.new("RGB", (60, 40), (9, 200, 30)).save(folders[0] / "contact_sheet.png")
+    return folders
+
+
+class Page(HTMLParser):
+    """Checks that tags close in order, and collects what the test looks at."""
+
+    VOID = ("meta", "img", "path")
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.words = [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_a_page_has_tables_curves_and_pictures_and_needs_nothing_else(runs, tmp_path, monkeypatch):
+    run(monkeypatch, report, *runs, "--output", tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    page = Page(text)
+    words = " ".join(page.words)
+    assert "se<co>nd" in words  # escaped in the page
+    assert "20.0" in words  # AP of the last evaluation, not of the first
+    assert "star & ring" in words
+    assert "12.3" in words
+    assert "1000 of 1800" in words
+    assert "max_mask_locations" not in words  # equal in both runs
+    charts = [a["aria-label"] for tag, a in page.tags if tag == "svg"]
+    assert {"mask AP", "box AP", "loss: class", "IoU of pseudo masks with true masks"} <= {*charts}
+    assert "loss: step" not in charts
+    assert len([tag for tag, _ in page.tags if tag == "img"]) == 1
+    assert not any(tag in ("script", "link", "iframe") for tag, _ in page.tags)
+    for _, attributes in page.tags:
+        assert all(attributes[k].startswith("data:") for k in ("src", "href") if k in attributes)
+    assert "http" not in text
+
+
+def test_the_page_opens_in_a_browser(runs, tmp_path, monkeypatch):
+    """Its screenshot has the curve's color and the picture."""
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    browser = next(filter(None, map(shutil.which, names)), None)
+    if browser is None:
+        pytest.skip("no browser is installed")
+    run(monkeypatch, report, *runs, "--output", tmp_path / "report.html")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1300,4000"]
+    options += [f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={tmp_path / 'shot.png'}"]
+    command = [browser, *options, (tmp_path / "report.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    pixels = np.array(Image.open(tmp_path / "shot.png").convert("RGB"))
+    curve = tuple(int(report.COLORS[0][k : k + 2], 16) for k in (1, 3, 5))
+    assert (pixels == curve).all(-1).sum() > 500
+    assert (np.abs(pixels.astype(int) - (9, 200, 30)) < 3).all(-1).sum() == 60 * 40
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="not the folder of a run"):
+        run(monkeypatch, report, tmp_path)
+
+
+def test_curves_stay_in_their_frame_and_outliers_leave_it():
+    points = [(k, 1.0) for k in range(1, 200)] + [(200, 1e6)]
+    svg = chart("title", {"a": ("#123456", points)})
+    for line in re.findall(r'polyline points="([^"]+)"', svg):
+        places = np.array([place.split(",") for place in line.split()], dtype=float)
+        assert (places >= 0).all()
+        assert (places <= (400, 230)).all()
+        assert np.ptp(places[:-1, 1]) < 1  # the scale is that of the ordinary values
+    assert chart("title", {"a": ("#123456", [])}) == ""
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 3e-4), (0, 1800), (-2.5, 7), (0, 90000)])
+def test_ticks_are_round_and_few(low, high):
+    found = ticks(low, high)
+    assert 3 <= len(found) <= 7
+    assert low - 1e-9 <= found[0]
+    assert found[-1] <= high + 1e-9
+    steps = np.diff(found)
+    assert np.allclose(steps, steps[0])
+    assert f"{steps[0]:e}"[0] in "125"
+
+
+def test_smoothing_keeps_means():
+    points = [(float(k), float(k % 7)) for k in range(400)]
+    smoothed = smooth(points)
+    assert len(smoothed) == 40
+    assert np.mean([y for _, y in smoothed]) == pytest.approx(np.mean([y for _, y in points]))
+    assert smooth(points[:5]) == points[:5]
+
+
+def test_losses_and_statistics_count_the_same_pairs(batch):
+    """What `--statistics` calls alike is what the pairwise loss weighs."""
+    counts = statistics.pair_counts(batch, 0.3)
+    rows, columns = (side // 4 for side in batch.images.shape[-2:])
+    on_image = losses.inside_masks(batch.sizes, rows, columns)
+    alike = losses.color_similarity(batch.images, on_image) >= 0.3
+    in_box = losses.box_masks(batch.boxes, rows, columns)[:, batch.valid[0]]
+    _, weights = losses.color_pairwise_sums(torch.zeros(in_box.shape), alike, in_box)
+    assert counts[..., 1].sum(1).tolist() == weights[0].tolist()
