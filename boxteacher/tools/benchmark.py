@@ -21,7 +21,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,36 +115,33 @@ def main(argv: Sequence[str]) -> Results:
     }
     results: Results = {}
 
-    def report(name: str, result: dict[str, Any]) -> None:
-        results[name] = {"peak_mib": measure.peak_memory_mib(device)} | result
-        print(json.dumps({"benchmark": name} | setting | results[name]), flush=True)
+    def report(name: str, run: Callable[..., dict[str, Any]], *arguments: Any) -> None:
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
+        result = run(*arguments)
+        results[name] = {"peak_mib": measure.peak_memory_mib(device)} | result
+        print(json.dumps({"benchmark": name} | setting | results[name]), flush=True)
 
     if options.against:
         wanted = ["against"]
         turns = measure_in_turns(cfg, options.size, options.boxes, steps, warmup)
         for name, result in turns.items():
-            report(name, result)
+            report(name, lambda result=result: result)
     if "data" in wanted:
         rounds = max(steps, 64 // cfg.batch_size)
-        report("data", measure.measure_data(cfg, rounds, options.synthetic_coco))
+        report("data", measure.measure_data, cfg, rounds, options.synthetic_coco)
     if {"inference", "train", "run"} & set(wanted):
-        state, dtype = make_state(cfg, device), getattr(torch, cfg.dtype)
+        state = make_state(cfg, device)
         batch = make_batch(cfg, state.evaluated_model, *options.size, options.boxes, device)
         # in plain torch: what is compiled hides its operations
         flops = measure.count_flops(state, batch) if "train" in wanted else {}
         train.speed_up(state)
-        peak = measure.peak_rate(dtype, device) if "train" in wanted else 0
     if "inference" in wanted:
-        report("inference", measure.measure_inference(state, batch, steps, warmup))
+        report("inference", measure.measure_inference, state, batch, steps, warmup)
     if "train" in wanted:
-        result = measure.measure_training(state, batch, steps, warmup)
-        peak = max(peak, measure.peak_rate(dtype, device))  # before and after: machines slow down
-        of_peak = sum(flops.values()) / result["seconds"] / peak
-        report("train", result | {"flops": flops, "peak_rate": peak, "of_peak": of_peak})
+        report("train", measure.measure_training, state, batch, flops, steps, warmup)
     if "run" in wanted:
-        report("run", measure.measure_run(state, steps))
+        report("run", measure.measure_run, state, steps)
     print(show_table(results), flush=True)
     if options.profile:
         with torch.profiler.profile() as trace:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import statistics
+from contextlib import ExitStack
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
@@ -18,6 +19,7 @@ import train
 from boxteacher.config import Config, ConfigError
 from boxteacher.data import Batch
 from boxteacher.distributed import init_distributed
+from boxteacher.errors import UserError
 from boxteacher.losses import box_masks
 from boxteacher.tools.measure import Time, medians, peak_memory_mib, predict, time_each
 from boxteacher.tools.synthetic import make_batch, make_state
@@ -30,30 +32,39 @@ def measure_in_turns(
     `steps` pairs (median, least, greatest), the median times, the peak of memory."""
     if cfg.backbone != "resnet50" or cfg.deformable:
         raise ConfigError("against: torchvision's Mask R-CNN has --backbone resnet50")
-    spawn, pipes = multiprocessing.get_context("spawn"), {}
-    for name in ("ours", "theirs"):
-        pipes[name], end = spawn.Pipe()
-        spawn.Process(target=serve, args=(end, name, cfg, size, boxes), daemon=True).start()
-        end.close()  # so that we do not wait for a process that has failed
-    results = {}
-    for what in ("training", "inference"):
-        taken, result = {name: [] for name in pipes}, {}
-        for _ in range(warmup + steps):
-            for name, pipe in pipes.items():
-                peak_name = "peak_mib" if name == "ours" else "theirs_peak_mib"
-                pipe.send(what)
-                time, result[peak_name] = pipe.recv()
-                taken[name].append(time)
-        taken = {name: times[warmup:] for name, times in taken.items()}
-        for unit in Time._fields:
-            pairs = zip(taken["theirs"], taken["ours"], strict=True)
-            ratios = [getattr(theirs, unit) / getattr(ours, unit) for theirs, ours in pairs]
-            result[f"ratio_{unit}"] = statistics.median(ratios), min(ratios), max(ratios)
-        result |= medians(taken["ours"])
-        result |= {f"theirs_{unit}": value for unit, value in medians(taken["theirs"]).items()}
-        images = cfg.batch_size if what == "training" else 1
-        results[what] = result | {"images_per_s": images / result["seconds"]}
+    spawn, pipes, results = multiprocessing.get_context("spawn"), {}, {}
+    with ExitStack() as stack:
+        for name in ("ours", "theirs"):
+            pipe, end = spawn.Pipe()
+            pipes[name] = stack.enter_context(pipe)  # when it is closed, the process ends
+            with end:  # closed here, so that no process that has failed is waited for
+                spawn.Process(target=serve, args=(end, name, cfg, size, boxes)).start()
+        for what in ("training", "inference"):
+            taken, peaks = {name: [] for name in pipes}, {}
+            for _ in range(warmup + steps):
+                for name, pipe in pipes.items():
+                    time, peaks[name] = ask(pipe, what)
+                    taken[name].append(time)
+            taken = {name: times[warmup:] for name, times in taken.items()}
+            result: dict[str, Any] = medians(taken["ours"]) | {"peak_mib": peaks["ours"]}
+            for unit, value in medians(taken["theirs"]).items():
+                pairs = zip(taken["theirs"], taken["ours"], strict=True)
+                ratios = [getattr(theirs, unit) / getattr(ours, unit) for theirs, ours in pairs]
+                result[f"theirs_{unit}"] = value
+                result[f"ratio_{unit}"] = statistics.median(ratios)
+                result[f"ratio_{unit}_range"] = min(ratios), max(ratios)
+            images = cfg.batch_size if what == "training" else 1
+            result["theirs_peak_mib"] = peaks["theirs"]
+            results[what] = result | {"images_per_s": images / result["seconds"]}
     return results
+
+
+def ask(pipe: Connection, what: str) -> tuple[Time, float]:
+    try:
+        pipe.send(what)
+        return pipe.recv()
+    except (EOFError, OSError):
+        raise UserError("against: a process has failed; its error stands above") from None
 
 
 def serve(pipe: Connection, name: str, cfg: Config, size: tuple[int, int], boxes: int) -> None:

@@ -192,12 +192,14 @@ def metered_step(state: train.State, batch: Batch, read: Callable[[], float]) ->
     return dict(parts)
 
 
-def measure_training(state: train.State, batch: Batch, steps: int, warmup: int) -> dict[str, Any]:
+def measure_training(
+    state: train.State, batch: Batch, flops: dict[str, float], steps: int, warmup: int
+) -> dict[str, Any]:
     """The step and its parts. On a GPU the parts come from steps of their own, because a lap waits
     for the device. There they add up to more than the whole, and the waits of a step are counted.
     """
-    device, laps = state.device, []
-    read = partial(clock, device)
+    device, dtype, laps = state.device, getattr(torch, state.cfg.dtype), []
+    read, peak = partial(clock, device), peak_rate(dtype, device)
     times = time_each(lambda: laps.append(metered_step(state, batch, read)), steps, warmup, device)
     result: dict[str, Any] = medians(times)
     result["parts"] = {p: statistics.median(lap[p] for lap in laps[warmup:]) for p in laps[0]}
@@ -205,6 +207,9 @@ def measure_training(state: train.State, batch: Batch, steps: int, warmup: int) 
         run = partial(train.train_step, state, [batch])
         result |= medians(time_each(run, steps, 2, device, repeat=5))
         result["waits"] = count_waits(run)
+    peak = max(peak, peak_rate(dtype, device))  # before and after, since machines slow down
+    of_peak = sum(flops.values()) / result["seconds"] / peak
+    result |= {"flops": flops, "peak_rate": peak, "of_peak": of_peak}
     return result | {"images_per_s": len(batch.sizes) / result["seconds"]}
 
 
