@@ -19,11 +19,10 @@ from pathlib import Path
 
 from boxteacher import distributed, errors
 from boxteacher.checkpoint import load_checkpoint, load_weights
-from boxteacher.coco import DataError
 from boxteacher.coco_eval import evaluate_dataset
 from boxteacher.command_line import Parser
 from boxteacher.config import ConfigError, from_dict, validate
-from boxteacher.data import make_val_set
+from boxteacher.data import Classes, make_val_set
 from boxteacher.model import build_model
 from boxteacher.published import import_published
 
@@ -58,13 +57,10 @@ def main() -> None:
     validate(dataclasses.replace(cfg, resume=False, init=str(path)))  # the weights are there
 
     device = distributed.init_distributed(cfg.device)
+    val_set = make_val_set(cfg, Classes(state["class_names"], state["category_ids"], str(path)))
     if distributed.is_main():
-        for note in notes:
+        for note in notes + val_set.notes:
             print(note, file=sys.stderr)
-    val_set = make_val_set(cfg)
-    if val_set.category_ids != state["category_ids"]:
-        theirs = ", ".join(map(str, state["class_names"]))
-        raise DataError(f"{val_set.name} has other classes than {path}, which knows {theirs}")
     who = "student" if options.student or state["teacher"] is None else "teacher"
     model = build_model(cfg, len(val_set.class_names))
     load_weights(model, state[who], f"{path} ({who})")

@@ -20,11 +20,19 @@ from torch.nn.parallel import DistributedDataParallel
 
 from boxteacher import distributed, errors
 from boxteacher.checkpoint import CheckpointError, load_checkpoint, load_weights, save_checkpoint
-from boxteacher.coco import DataError
 from boxteacher.coco_eval import NoMasksError, evaluate_dataset, require_masks
 from boxteacher.command_line import parse
-from boxteacher.config import LR_IMAGES, Config, ConfigError, to_json, warnings
-from boxteacher.data import Batch, CocoDataset, make_train_loader, make_train_set, make_val_set
+from boxteacher.config import LR_IMAGES, Config, ConfigError, is_due, to_json, warnings
+from boxteacher.data import (
+    Batch,
+    Classes,
+    CocoDataset,
+    make_train_loader,
+    make_train_set,
+    make_val_set,
+    match_classes,
+    whole_geometry,
+)
 from boxteacher.ema import ema_momentum, update_teacher
 from boxteacher.guard import DivergedError, FiniteGuard
 from boxteacher.model import CondInst, build_model, make_teacher
@@ -180,18 +188,15 @@ def train(
     log = RunLog(out / "metrics.jsonl", cfg, state.step)
     tables: dict[str, Any] = {}
 
-    def is_due(every: int) -> bool:
-        return state.step == cfg.steps or (every > 0 and state.step % every == 0)
-
     try:
         for parts in batches:
             losses, metrics = train_step(state, parts)
-            if is_due(cfg.log_every):
+            if is_due(cfg, state.step, cfg.log_every):
                 log.step(state.step, learning_rate(cfg, state.step - 1), losses, metrics)
-            if is_due(cfg.checkpoint_every):
+            if is_due(cfg, state.step, cfg.checkpoint_every):
                 state.guard.raise_if_bad()
                 save(out / "last.pt", state, train_set)
-            if val_set is not None and is_due(cfg.eval_every):
+            if val_set is not None and is_due(cfg, state.step, cfg.eval_every):
                 state.guard.raise_if_bad()
                 tables = evaluate(state, out, val_set, log)
     except DivergedError as error:
@@ -205,10 +210,7 @@ def train(
         ) from None
     log.close()
     if distributed.is_main():
-        shown = val_set
-        if shown is None:  # the training images, whole and not flipped
-            files = dict(val_json=cfg.train_json, val_images=cfg.train_images)
-            shown = make_val_set(dataclasses.replace(cfg, **files))
+        shown = train_set.whole(whole_geometry(cfg)) if val_set is None else val_set
         make_contact_sheet(state.evaluated_model, shown, device).save(out / "contact_sheet.png")
     return tables
 
@@ -290,8 +292,9 @@ def restore(path: Path, state: State, train_set: CocoDataset) -> None:
         raise CheckpointError(f"{path}: was trained with {optimizer}; --init takes weights alone")
     if checkpoint["step"] >= cfg.steps:
         raise CheckpointError(f"{path}: has {checkpoint['step']} steps already; give more --steps")
-    if checkpoint["category_ids"] != train_set.category_ids:
-        raise CheckpointError(f"{path}: was trained on other classes: {checkpoint['class_names']}")
+    known = Classes(checkpoint["class_names"], checkpoint["category_ids"], str(path))
+    if match_classes(train_set.classes, known) != train_set.classes:
+        raise CheckpointError(f"{path}: was trained on other classes: the order of ids differs")
     if (checkpoint["teacher"] is None) != (state.teacher is None):
         raise CheckpointError(f"{path}: was trained in mode {checkpoint['config']['mode']}")
     load_weights(state.student, checkpoint["student"], f"{path} (student)")
@@ -351,13 +354,11 @@ def main() -> None:
     out = make_run_folder(cfg)
     train_set, val_set = make_train_set(cfg), None  # nothing is written if they fail
     if cfg.val_json:
-        val_set = make_val_set(cfg)
-    if val_set is not None and train_set.categories != val_set.categories:
-        raise DataError(f"{val_set.name}: its categories are not those of {train_set.name}")
+        val_set = make_val_set(cfg, train_set.classes)
 
     distributed.barrier()  # all ranks have chosen a folder before rank 0 creates it
     if distributed.is_main():
-        notes = warnings(cfg) + train_set.notes
+        notes = warnings(cfg) + train_set.notes + (val_set.notes if val_set is not None else [])
         try:
             if val_set is not None:
                 require_masks(val_set.coco, val_set.name)

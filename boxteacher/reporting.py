@@ -155,7 +155,7 @@ def make_contact_sheet(
         " another. Paler pseudo masks: less trusted. Captions without a free place are left out."
     )
     chosen = [index for index, boxes in enumerate(dataset.boxes) if len(boxes)][:rows]
-    sizes = [(dataset.images[index]["height"], dataset.images[index]["width"]) for index in chosen]
+    sizes = dataset.sizes[chosen].tolist()
     side = sheet_side([height / max(height, width) for height, width in sizes], len(titles))
     was_training = model.training
     model.eval()
@@ -174,7 +174,7 @@ def _pictures_of(
 ) -> list[Image.Image]:
     """The four pictures of an image. Predictions and true masks come in up to twice the size in
     which they are shown, for smooth edges. Pseudo masks are known on the stride-4 grid only."""
-    batch = collate([dataset[index]]).to(device)
+    batch = collate([dataset[index, 0, False]]).to(device)
     valid, (height, width) = batch.valid[0], batch.sizes[0]
     boxes, labels = batch.boxes[0, valid], batch.labels[0, valid]
     image, names = batch.images[0, :, :height, :width], dataset.class_names
@@ -198,7 +198,7 @@ def _pictures_of(
     look = {"scores": sure.scores, "opacity": opacity, "colors": colors}
     predicted = draw(sure_boxes, sure.masks, sure.labels, **look)
 
-    original = (dataset.images[index]["height"], dataset.images[index]["width"])
+    original = tuple(dataset.sizes[index].tolist())
     true_masks = islice(dataset.true_masks(index, min(fine, original)), MAX_INSTANCES)
     truth = draw(None, torch.stack([*true_masks]), labels)
     return [boxed, taught, predicted, truth]

@@ -136,12 +136,11 @@ def label_dataset(model: CondInst, dataset: CocoDataset) -> dict[int, BoxMask]:
     """Masks by annotation id, for a data set at test size (`make_val_set`). Crowds get none."""
     masks, device = {}, model.pixel_mean.device
     for index in tqdm(range(len(dataset)), desc="label", leave=False, disable=None):
-        entry, annotations = dataset.images[index], dataset.annotations[index]
-        if annotations:
+        if ids := dataset.annotation_ids[index].tolist():
             boxes = torch.from_numpy(dataset.boxes[index]).float().to(device)
-            batch = collate([dataset[index]]).to(device)
-            found = label_image(model.eval(), batch, boxes, (entry["height"], entry["width"]))
-            masks |= zip((annotation["id"] for annotation in annotations), found, strict=True)
+            batch = collate([dataset[index, 0, False]]).to(device)
+            original = tuple(dataset.sizes[index].tolist())
+            masks |= zip(ids, label_image(model.eval(), batch, boxes, original), strict=True)
     return masks
 
 
@@ -189,7 +188,6 @@ def main() -> None:
     content |= {"all": compare(coco, masks), "unclaimed": compare(coco, unclaimed)}
     print(json.dumps(content, indent=2))
     if files:
-        coco.pop("json_path")
         content = coco | {"annotations": [a | masks.get(a["id"], {}) for a in coco["annotations"]]}
     output = Path(args.output or Path(args.checkpoint).with_name("given_boxes.json"))
     unfinished = output.with_name(f".{output.name}.unfinished")
