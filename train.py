@@ -101,7 +101,7 @@ def make_state(
         say_notes(load_initial_weights(student, cfg, class_names))
     student.to(device).train()
     teacher = make_teacher(student) if cfg.mode == "boxteacher" else None
-    if teacher is not None and cfg.published_score:
+    if teacher is not None and cfg.pseudo_score == "published":
         teacher.masks_for_boxes = lambda *args: masks_for_boxes_as_published(teacher, *args)
     parameters = [p for p in student.parameters() if p.requires_grad]
     options = dict(lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)

@@ -25,6 +25,7 @@ class ConfigError(UserError):
 
 
 ResNets = Literal["resnet10_half", "resnet18", "resnet34", "resnet50", "resnet101"]
+PseudoScore = Literal["mask_aware", "detection", "constant", "published"]
 Backbone = Literal[ResNets, "swin_t", "swin_b", "mobilenet_v2"]
 
 
@@ -96,7 +97,7 @@ class Config:
     iou_threshold: float = 0.5  # tau_iou: least IoU of a detection with the box that takes its mask
     score_threshold: float = 0.0  # tau_c: least score of a pseudo mask
     use_masks: bool = False  # boxteacher: true masks replace the teacher's, where there are some
-    published_score: bool = False  # pseudo masks as the published code makes them
+    pseudo_score: PseudoScore = "mask_aware"  # weight of a pseudo mask; published: as that code
     max_mask_locations: int = 64  # that learn a mask, per image; condinst: per rank, at random
     ema_momentum: float = 0.999  # of the teacher's moving average
     teacher_size: int = 800  # short side of the teacher's input; 0: the student's own size

@@ -256,9 +256,10 @@ class CondInst(nn.Module):
             rows, columns = mask_head.pixel_positions(maps, seen_size, size)
             trust.append(self.scores_in_boxes(maps, *part, rows, columns))
             masks.append(mask_head.read_maps(maps, rows[2::4], columns[2::4]) > cfg.mask_threshold)
-        scores = torch.cat(trust)
-        assigned = assign_to_boxes(ious, scores, cfg.iou_threshold, cfg.score_threshold)
-        return take_assigned(torch.cat(masks), scores, assigned)
+        trust = torch.cat(trust)
+        assigned = assign_to_boxes(ious, trust, cfg.iou_threshold, cfg.score_threshold)
+        others = {"detection": scores, "constant": torch.ones_like(scores)}  # to compare with
+        return take_assigned(torch.cat(masks), others.get(cfg.pseudo_score, trust), assigned)
 
     def scores_in_boxes(
         self, maps: Tensor, boxes: Tensor, scores: Tensor, rows: Tensor, columns: Tensor

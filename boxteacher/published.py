@@ -497,7 +497,7 @@ def _some(names: Sequence[str]) -> str:
 def masks_for_boxes_as_published(
     teacher: CondInst, encoded: Encoded, n: int, found: Detections, seen_size: Size, batch: Batch
 ) -> tuple[Tensor, Tensor] | None:
-    """`CondInst.masks_for_boxes` as in the published code (published_score), to compare numbers.
+    """`CondInst.masks_for_boxes` as in the published code, to compare numbers.
 
         mean = Σ 1(m > tau) m / Σ 1(m > tau), over the whole mask
         order = sqrt(c * mean);   weight = sqrt(sqrt(c) * mean)

@@ -255,7 +255,7 @@ def test_pseudo_masks(source):
 
 @SOURCES
 def test_pseudo_masks_of_the_published_code(source):
-    """Variant a: as with published_score; what comes before it is variant b's."""
+    """Variant a: as with pseudo_score="published"; what comes before it is variant b's."""
     golden, step = golden_step(source), run_step("b")
     teacher = step.teacher
     with pytest.MonkeyPatch.context() as patch:

@@ -766,3 +766,16 @@ def test_the_same_seed_builds_the_same_model():
         torch.manual_seed(5)
         models.append(build_model(tiny_config(), 3).state_dict())
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+
+@pytest.mark.parametrize(("score", "wanted"), [("detection", 0.8), ("constant", 1.0)])
+def test_other_scores_weigh_the_same_masks(score, wanted):
+    found, pseudo = [([4, 4, 41, 33], 0.8, 0, 9)], {}
+    for name in ("mask_aware", score):
+        model, batch = make_model(pseudo_score=name, teacher_size=0), make_batch()
+        detections_at(model, found, [], [])
+        pseudo[name] = model.make_pseudo_masks(batch)
+    assert torch.equal(pseudo[score].masks, pseudo["mask_aware"].masks)
+    assert pseudo[score].weights[0, 0] == pytest.approx(wanted)
+    assert 0 < pseudo["mask_aware"].weights[0, 0] < 0.8**0.5 + 1e-6
+    assert pseudo[score].weights.count_nonzero() == 1

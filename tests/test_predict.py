@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
         model.head.distances.bias.fill_(1.5)
         model.head.controller.weight.normal_(std=0.03)
         model.head.controller.bias.normal_(std=0.4)[-1] = 4.0
-    state = {"config": dataclasses.asdict(cfg), "class_names": CLASS_NAMES}
+    state = {"config": dataclasses.asdict(cfg), "class_names": list(CLASS_NAMES)}
     state |= {"category_ids": [3, 5, 7, 11, 13, 17], "step": 1, "student": model.state_dict()}
     save_checkpoint(folder / "last.pt", state | {"teacher": None, "optimizer": None})
     images, paint = folder / "images", load_shapes_image(0, 64)

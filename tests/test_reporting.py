@@ -52,7 +52,7 @@ def test_the_sheets_pseudo_masks_obey_the_thresholds_of_the_run(model_and_data):
 
 
 def test_the_sheets_pseudo_masks_are_those_of_the_runs_own_scores(model_and_data):
-    """published_score replaces `masks_for_boxes`, and the sheet calls it too."""
+    """pseudo_score="published" replaces `masks_for_boxes`, and the sheet calls it too."""
     model, val_set = model_and_data
     calls = []
     model.masks_for_boxes = lambda *args: calls.append(args)

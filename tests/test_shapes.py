@@ -189,7 +189,7 @@ def test_colors_mislead_as_often_as_on_photographs():
     """
     cfg = parse(["shapes", "--shapes-train", "100"])
     found = statistics.statistics(make_train_set(cfg), 100, cfg.color_threshold)
-    assert found["short_sides_of_images"] == [160, 160, 160]
+    assert found["short_sides_of_images"] == [192, 192, 192]
     assert 7.2 < found["leaks"] < 10.8
     assert 24 < found["alike_inside"] < 36
     assert 25.6 < found["alike_background"] < 38.4

@@ -47,7 +47,9 @@ STUDIES: dict[str, list[C]] = {
     ],
     "score": [
         C("mask-aware", TEACHER),
-        C("published", f"{TEACHER} --published-score"),
+        C("detection", f"{TEACHER} --pseudo-score detection"),
+        C("constant", f"{TEACHER} --pseudo-score constant"),
+        C("published", f"{TEACHER} --pseudo-score published"),
     ],
     "augmentation": [
         C(f"{m} x{x} {colors}", f"{words} --student-augmentation {colors}", f"{m} x{x} none")
