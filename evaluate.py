@@ -23,7 +23,7 @@ from boxteacher.checkpoint import load_checkpoint, load_weights
 from boxteacher.coco_eval import evaluate_dataset
 from boxteacher.command_line import Parser
 from boxteacher.config import ConfigError, from_dict, validate
-from boxteacher.data import make_val_set
+from boxteacher.data import Classes, make_val_set
 from boxteacher.model import build_model
 from boxteacher.published import import_published
 from boxteacher.reporting import say_notes
@@ -60,9 +60,8 @@ def main() -> None:
 
     device = distributed.init_distributed(cfg.device)
     say_notes(notes, "note")
-    val_set = make_val_set(cfg)
-    if options.checkpoint or val_set.category_ids != state["category_ids"]:  # published: no names
-        say_notes(val_set.take_classes(state["class_names"], state["category_ids"], str(path)))
+    val_set = make_val_set(cfg, Classes(state["class_names"], state["category_ids"], str(path)))
+    say_notes(val_set.notes)
     who = "student" if options.student or state["teacher"] is None else "teacher"
     model = build_model(cfg, len(val_set.class_names))
     load_weights(model, state[who], f"{path} ({who})")

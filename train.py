@@ -23,7 +23,7 @@ from boxteacher import distributed, errors, run_folder
 from boxteacher.checkpoint import Checkpoint, load_optimizer, load_weights, save_checkpoint
 from boxteacher.coco_eval import evaluate_dataset, lacks_masks, require_void
 from boxteacher.command_line import parse
-from boxteacher.config import Config, ConfigError, scaled_lr, to_json, warnings
+from boxteacher.config import Config, ConfigError, is_due, scaled_lr, to_json, warnings
 from boxteacher.data import (
     Batch,
     CocoDataset,
@@ -187,11 +187,11 @@ def train(
     batches = make_train_loader(train_set, cfg, state.step, rank, world_size)
     log = RunLog(out / "metrics.jsonl", cfg, state.step)
 
-    def is_due(every: int) -> bool:
-        return state.step == cfg.steps or (every > 0 and state.step % every == 0)
+    def is_due_now(every: int) -> bool:
+        return is_due(cfg, state.step, every)
 
     def evaluate_if_due() -> None:
-        if val_set is not None and is_due(cfg.eval_every) and log.evaluated != state.step:
+        if val_set is not None and is_due_now(cfg.eval_every) and log.evaluated != state.step:
             with state.guard.signals.at_once():  # all is saved
                 evaluate(state, out, train_set, val_set, log)
 
@@ -204,9 +204,9 @@ def train(
                 distributed.barrier()  # torchrun ends all processes when the first ends
                 raise state.guard.signals.stopped()
             losses, metrics = train_step(state, parts)
-            if is_due(cfg.log_every):
+            if is_due_now(cfg.log_every):
                 log.step(state.step, learning_rate(cfg, state.step - 1), losses, metrics)
-            if is_due(cfg.checkpoint_every) or is_due(cfg.eval_every):
+            if is_due_now(cfg.checkpoint_every) or is_due_now(cfg.eval_every):
                 state.guard.raise_if_bad()
                 save(out / "last.pt", state, train_set)
                 evaluate_if_due()
@@ -341,21 +341,21 @@ def main() -> None:
     run_folder.refuse_taken(cfg)
 
     # Data and networks: nothing is written if one of them fails.
-    train_set = make_train_set(cfg)
+    checkpoint, classes = run_folder.load_last(cfg) if cfg.resume else (None, None)
+    train_set = make_train_set(cfg, classes)
     if cfg.epochs:  # now that the number of images is known
         cfg = resolve_auto(read_config(len(train_set)), device)
-    val_set = make_val_set(cfg) if cfg.val_json else None
+    val_set = make_val_set(cfg, train_set.classes) if cfg.val_json else None
     if val_set is not None and cfg.metric == "cityscapes":
         require_void(val_set.coco, val_set.name)
     check_batch_norm(train_set, cfg, processes)
-    say_notes([*warnings(cfg), *train_set.notes, *(lacks_masks(val_set) if val_set else [])])
-    checkpoint = run_folder.load_last(cfg, train_set) if cfg.resume else None
+    say_notes([*warnings(cfg), *train_set.notes])
+    say_notes([*val_set.notes, *lacks_masks(val_set)] if val_set is not None else [])
+    if checkpoint:
+        run_folder.check_resume(cfg, checkpoint, train_set)
     state = make_state(cfg, len(train_set.class_names), device, train_set.class_names)
     if checkpoint:
         restore(state, checkpoint)
-    if val_set is not None:
-        classes = train_set.class_names, train_set.category_ids
-        say_notes(val_set.take_classes(*classes, train_set.name))
 
     out = distributed.from_main(run_folder.claim(cfg) if distributed.is_main() else None)
     if distributed.is_main():

@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
-import functools
+import ctypes
+import gc
 import json
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import os
+import stat
+from array import array
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from reprlib import repr as short_repr
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
 from pycocotools import mask as rle_codec
 
-from .errors import UserError
+from .errors import UserError, printable
+from .plausible import doubts, likely_form
 
 # COCO train2017 has two boxes of height 0 (github.com/cocodataset/cocoapi/issues/355). They are
 # left out. All other empty boxes are refused.
 KNOWN_EMPTY_BOXES = {(200365, 296.65, 388.33), (550395, 9.98, 188.56)}  # image id, x, y
 EXIF_ORIENTATION = 0x0112
+NUMBERS = {int, float}  # in JSON; no booleans
+MAX_PIXELS = 178_956_970  # of an image: Pillow opens none that is larger
+# pycocotools trusts polygons: far points and long outlines take gigabytes, or end the process.
+REACH = 4  # coordinates are at most so many times the image's longer side
+MAX_OUTLINE = 200  # a mask's outline is at most so many times width + height of its image
 
 
 class DataError(UserError):
@@ -27,7 +40,9 @@ class DataError(UserError):
 
     def __init__(self, message: str) -> None:
         # A DataLoader makes a worker's error anew from its whole traceback. The last line counts.
-        super().__init__(message.splitlines()[-1].removeprefix(f"{__name__}.DataError: "))
+        if message.startswith("Caught DataError"):
+            message = message.splitlines()[-1].removeprefix(f"{__name__}.DataError: ")
+        super().__init__(printable(message))
 
 
 @contextmanager
@@ -36,146 +51,352 @@ def explain(what: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        reason = f"{type(error).__name__}: {error}"
         raise DataError(f"{what} cannot be read ({reason}); {remedy}") from None
 
 
-# --- reading and checking -------------------------------------------------------------------------
+@contextmanager
+def open_file(path: str | Path) -> Iterator[BinaryIO]:
+    """A regular file to read. A pipe or a device could keep the program waiting for ever."""
+    no_wait = getattr(os, "O_NONBLOCK", 0)  # opening a pipe would wait, too
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | no_wait)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError("not a regular file")
+        yield file
 
 
-def read_coco(json_path: str | Path, images_dir: str | Path) -> dict:
+@contextmanager
+def for_large_data() -> Iterator[None]:
+    """Around code that makes millions of objects. To look for garbage among them would take as long
+    as the code itself. At the end, glibc gives back the memory that it keeps between objects."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+        with suppress(OSError, TypeError, AttributeError):  # there is no glibc
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def read_coco(
+    json_path: str | Path, images_dir: str | Path, compact: bool = False
+) -> tuple[dict, list[str]]:
     """Read a COCO instances JSON and check it and its images. Masks ("segmentation") are optional.
 
     All image files must exist, and their headers must have the JSON's sizes. Headers are read of
     all images if there are at most 2000, else of the first 200. The other images are checked when
-    they are loaded. Returns the dict, with "json_path" added for later messages.
+    they are loaded. With `compact`, polygons are arrays of doubles (a fourth of the memory).
+
+    Returns the dict, and notes about what is doubtful in it. Raises DataError.
     """
     name = str(json_path)
-    with explain(name, "give a JSON file in COCO's format"):
-        coco = json.loads(Path(json_path).read_bytes())
-    check_coco(coco, name)
-    _check_files(coco, name, Path(images_dir))
-    return {**coco, "json_path": name}
+    hook, remedy = _compact if compact else None, "give a JSON file in COCO's format"
+    with explain(name, remedy), open_file(json_path) as file:
+        coco = json.loads(file.read(), object_hook=hook)
+    notes = check_coco(coco, name)
+    _check_files(coco, name, str(images_dir))
+    return coco, notes
 
 
-def check_coco(coco: dict, name: str) -> None:
-    """Raise DataError unless `coco` is a usable COCO dict. `name`, its file, opens the message."""
-    for problem in _problems(coco):
-        raise DataError(f"{name}: {problem}")
+def _compact(entry: dict) -> dict:
+    if type(entry.get("segmentation")) is list:
+        with suppress(TypeError, OverflowError):  # check_coco says what is wrong
+            entry["segmentation"] = [array("d", polygon) for polygon in entry["segmentation"]]
+    return entry
 
 
-def _problems(coco: object) -> Iterator[str]:
-    """What is wrong, one line each. Only the first counts: each check relies on those above it."""
+# --- checking -------------------------------------------------------------------------------------
+
+
+class _Faults:
+    """What is wrong with a file: all of it in one line."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.texts = name, []
+
+    def add(self, wheres: Sequence[str], text: str) -> None:
+        """A fault of the entries `wheres`. The text is about the first of them."""
+        more = ", ".join(wheres[1:5]) + ", ..." * (len(wheres) > 5)
+        more = f" (and {len(wheres) - 1} more: {more})" if len(wheres) > 1 else ""
+        self.texts.append(f"{wheres[0]}: {text}{more}")
+
+    def sift(
+        self, kind: str, entries: list[dict], field: str, problem: Callable[[dict], str]
+    ) -> list[dict]:
+        """The entries whose field has no `problem`: a text, empty if there is none."""
+        texts = [problem(entry) for entry in entries]
+        if not any(texts):
+            return entries
+        bad = [(entry, text) for entry, text in zip(entries, texts, strict=True) if text]
+        self.add([f"{kind} id {entry['id']}" for entry, _ in bad], f"field '{field}' {bad[0][1]}")
+        return [entry for entry, text in zip(entries, texts, strict=True) if not text]
+
+    def raise_any(self, remark: str = "") -> None:
+        if self.texts:
+            raise DataError(f"{self.name}: {'. Also: '.join(self.texts)}{remark}")
+
+
+def check_coco(coco: dict, name: str) -> list[str]:
+    """Raise DataError unless `coco` is a usable COCO dict. `name`, its file, opens the message.
+
+    The message has each kind of fault once, with the first entry that has it and the number of the
+    others. Returns notes about what is usable, but can hardly be meant (plausible.py).
+    """
+    faults = _Faults(name)
+
     # The three lists, each with ids of its own.
     if not isinstance(coco, dict):
-        yield f"the top level is a {type(coco).__name__}; expected an object in COCO's format"
-    ids: dict[str, dict[int, dict]] = {}
+        found = type(coco).__name__
+        raise DataError(f"{name}: the top level is a {found}; expected an object in COCO's format")
     for key in ("images", "categories", "annotations"):
-        entries, ids[key] = coco.get(key), {}
-        if not isinstance(entries, list) or not (entries or key == "annotations"):
-            yield f"field '{key}' is missing, not a list or empty; expected COCO's format"
-        for position, entry in enumerate(entries):
-            where = f"{key}[{position}]: field 'id'"
-            if not isinstance(entry, dict) or not _is_int(entry.get("id")):
-                yield f"{where} is missing or not a whole number; give each entry its own number"
-            if entry["id"] in ids[key]:
-                yield f"{where}: {entry['id']} is a duplicate; give each entry its own number"
-            ids[key][entry["id"]] = entry
+        entries, may_be_empty = coco.get(key), key == "annotations"
+        if isinstance(entries, list) and (entries or may_be_empty):
+            _check_ids(key, entries, faults)
+        else:
+            found = "is empty" if entries == [] else f"is not a list, but {short_repr(entries)}"
+            remedy = "a list here, which may be empty" if may_be_empty else "a list of them here"
+            found = found if key in coco else "is missing"
+            faults.add([f"field '{key}'"], f"{found}; COCO's format has {remedy}")
+    faults.raise_any()
 
     # Each image has a file and a size, each category a name of its own.
-    for image in coco["images"]:
-        where = f"image id {image['id']}: field"
-        if not isinstance(image.get("file_name"), str) or not image["file_name"]:
-            yield f"{where} 'file_name' is missing or not text; add the name of the image's file"
-        for side in ("width", "height"):
-            if not _is_int(value := image.get(side)) or value <= 0:
-                found = f"found {short_repr(value)}; write the file's {side} in pixels"
-                yield f"{where} '{side}' must be a positive whole number, {found}"
-    names = set()
-    for category in coco["categories"]:
-        where, value = f"category id {category['id']}: field 'name'", category.get("name")
-        if not isinstance(value, str) or not value:
-            yield f"{where} is missing or not text; add the class's name"
-        if value in names:
-            yield f"{where}: {value!r} is a duplicate; give each category its own name"
-        names.add(value)
+    images = faults.sift("image", coco["images"], "file_name", partial(_text_problem, "file_name"))
+    for side in ("width", "height"):
+        images = faults.sift("image", images, side, partial(_side_problem, side))
+    faults.sift("image", images, "width", _pixels_problem)
+    categories = faults.sift("category", coco["categories"], "name", partial(_text_problem, "name"))
+    faults.sift("category", categories, "name", partial(_name_problem, set()))
+    faults.raise_any()
 
-    # Each annotation belongs to an image and a category. Its box and mask fit the image.
-    for annotation in coco["annotations"]:
-        where = f"annotation id {annotation['id']}: field"
-        for field, key in (("image_id", "images"), ("category_id", "categories")):
-            if not _is_int(value := annotation.get(field)) or value not in ids[key]:
-                yield f"{where} '{field}': no such id in '{key}': {short_repr(value)}; correct it"
-        image = ids["images"][annotation["image_id"]]
-        if problem := _box_problem(annotation.get("bbox"), image):
-            what = f"'bbox' (image id {image['id']}) {problem}"
-            yield f"{where} {what}; correct it or remove the annotation"
-        if problem := _mask_problem(annotation.get("segmentation"), image):
-            yield f"{where} 'segmentation' {problem}; correct it, or remove it to use the box alone"
+    # Each annotation belongs to an image and a category. Its fields have the right types.
+    annotations, images = coco["annotations"], {image["id"]: image for image in coco["images"]}
+    category_ids = {category["id"] for category in coco["categories"]}
+    for field, problem in {
+        "image_id": partial(_id_problem, "image_id", images, "images"),
+        "category_id": partial(_id_problem, "category_id", category_ids, "categories"),
+        "iscrowd": _crowd_problem,
+        "area": _area_problem,
+        "bbox": _box_problem,
+        "segmentation": partial(_mask_problem, images),
+    }.items():
+        annotations = faults.sift("annotation", annotations, field, problem)
+
+    # Its box and its mask lie in the image.
+    sizes = [images[annotation["image_id"]] for annotation in annotations]
+    sizes = np.array([(image["width"], image["height"]) for image in sizes]).reshape(-1, 2)
+    boxes = np.array([annotation["bbox"] for annotation in annotations], float).reshape(-1, 4)
+    in_place = faults.sift("annotation", annotations, "bbox", partial(_place_problem, images))
+    cause = likely_form(boxes, None, sizes) if len(in_place) < len(annotations) else ""
+    if len(boxes) and boxes.max() <= 1 and sizes.min() > 4:
+        faults.add(["field 'bbox'"], "all boxes lie in the first pixel; give pixels, not fractions")
+    extents = _mask_extents(annotations, sizes, faults)
+    faults.raise_any(cause)
+
+    # What can hardly be meant.
+    notes = []
+    if annotations:
+        areas = np.array([annotation.get("area") for annotation in annotations], float)
+        notes = doubts([a["id"] for a in annotations], boxes, extents, sizes, areas)
+    keys = {(a["image_id"], a["category_id"], *a["bbox"]) for a in annotations}
+    repeated = len(annotations) - len(keys)
+    shared = len(images) - len({image["file_name"] for image in coco["images"]})
+    for count, what in (
+        (repeated, "annotations repeat the image, class and box of another"),
+        (shared, "images repeat the file of another; the objects of a file belong to one image"),
+    ):
+        notes += [f"{count} {what}"] if count else []
+    return [f"{name}: {note}" for note in notes]
 
 
-def _box_problem(box: object, image: dict) -> str:
-    """What is wrong with an [x, y, width, height]; empty if nothing."""
-    if box is None:
-        return "is missing"
-    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_finite, box)):
-        return f"must be four finite numbers [x, y, width, height], found {short_repr(box)}"
-    x, y, width, height = box
-    if min(width, height) <= 0 and (image["id"], x, y) not in KNOWN_EMPTY_BOXES:
-        return f"{box} [x, y, width, height] has a width or height that is zero or negative"
-    if x >= image["width"] or y >= image["height"] or x + width <= 0 or y + height <= 0:
-        return f"{box} lies outside its image of {image['width']}x{image['height']} pixels"
+def _check_ids(key: str, entries: list, faults: _Faults) -> None:
+    remedy = "give each entry its own number"
+    bad = [i for i, e in enumerate(entries) if type(e) is not dict or not _is_id(e.get("id"))]
+    if bad:
+        text = f"field 'id' is missing or not a whole number of at most 64 bits; {remedy}"
+        faults.add([f"{key}[{i}]" for i in bad], text)
+        return
+    ids, seen = [entry["id"] for entry in entries], set()
+    if len(set(ids)) < len(ids):
+        twice = [i for i, number in enumerate(ids) if number in seen or seen.add(number)]
+        text = f"field 'id': {ids[twice[0]]} is a duplicate; {remedy}"
+        faults.add([f"{key}[{i}]" for i in twice], text)
+
+
+# Each of these tells what is wrong with a field of an entry, and what to do; "" if nothing is.
+
+
+def _text_problem(field: str, entry: dict) -> str:
+    if isinstance(entry.get(field), str) and entry[field]:
+        return ""
+    what = {"file_name": "name of the image's file", "name": "class's name"}[field]
+    return f"is missing or not text; add the {what}"
+
+
+def _side_problem(side: str, image: dict) -> str:
+    if type(value := image.get(side)) is int and value > 0:
+        return ""
+    found = f"found {short_repr(value)}; write the file's {side} in pixels"
+    return f"must be a positive whole number, {found}"
+
+
+def _pixels_problem(image: dict) -> str:
+    if image["width"] * image["height"] <= MAX_PIXELS:
+        return ""
+    return f"times 'height' is over {MAX_PIXELS} pixels; cut the image into parts"
+
+
+def _name_problem(seen: set[str], category: dict) -> str:
+    if (name := category["name"]) in seen:
+        return f"{short_repr(name)} is a duplicate; give each category its own name"
+    seen.add(name)
     return ""
 
 
-def _mask_problem(segmentation: object, image: dict) -> str:
-    """Like _box_problem, for nothing, polygons [[x, y, ...], ...] or a run-length code."""
+def _id_problem(field: str, ids: Container[int], key: str, annotation: dict) -> str:
+    if type(value := annotation.get(field)) is int and value in ids:
+        return ""
+    return f"has no such id in '{key}': {short_repr(value)}; correct it"
+
+
+def _crowd_problem(annotation: dict) -> str:
+    if (value := annotation.get("iscrowd")) in (None, 0, 1):
+        return ""
+    return f"must be 0 or 1, found {short_repr(value)}; correct it or leave it out"
+
+
+def _area_problem(annotation: dict) -> str:
+    if (value := annotation.get("area")) is None or (_are_finite([value]) and value >= 0):
+        return ""
+    found = f"found {short_repr(value)}; correct it or leave it out"
+    return f"must be a finite number of pixels, 0 or more, {found}"
+
+
+def _box_problem(annotation: dict) -> str:
+    box = annotation.get("bbox")
+    if isinstance(box, list) and len(box) == 4 and _are_finite(box):
+        return ""
+    form = f"must be four finite numbers [x, y, width, height], found {short_repr(box)}"
+    form = "is missing" if box is None else form
+    return f"(image id {annotation['image_id']}) {form}; correct it or remove the annotation"
+
+
+def _place_problem(images: dict[int, dict], annotation: dict) -> str:
+    image, box = images[annotation["image_id"]], annotation["bbox"]
+    (x, y, width, height), (w, h) = box, (image["width"], image["height"])
+    far = REACH * max(w, h)
+    if min(width, height) <= 0 and (image["id"], x, y) not in KNOWN_EMPTY_BOXES:
+        what = "[x, y, width, height] has a width or height that is zero or negative"
+    elif x >= w or y >= h or x + width <= 0 or y + height <= 0:
+        what = f"lies outside its image of {w}x{h} pixels"
+    elif min(x, y) < -far or max(x + width, y + height) > far:
+        what = f"reaches far beyond its image of {w}x{h} pixels"
+    else:
+        return ""
+    return f"(image id {image['id']}) {box} {what}; correct it or remove the annotation"
+
+
+def _mask_problem(images: dict[int, dict], annotation: dict) -> str:
+    """About the form of polygons [[x, y, ...], ...] or of a run-length code."""
+    segmentation, remedy = annotation.get("segmentation"), "; correct it, or use the box alone"
     if isinstance(segmentation, list):
         for polygon in segmentation:
-            is_list = isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0
-            if not is_list or not all(map(_is_finite, polygon)):
-                return f"has a polygon that is not 3 points or more: {short_repr(polygon)}"
+            is_list = isinstance(polygon, (list, array)) and len(polygon) >= 6
+            if not is_list or len(polygon) % 2 or not _are_finite(polygon):
+                form = "has a polygon that is not [x, y, ...] of 3 points or more"
+                return f"{form}: {short_repr(polygon)}{remedy}"
     elif segmentation:
+        image = images[annotation["image_id"]]
         counts = segmentation.get("counts") if isinstance(segmentation, dict) else None
         if not isinstance(counts, (str, list)):
-            return "is neither polygons nor a run-length code"
+            return f"is neither polygons nor a run-length code{remedy}"
         size = [image["height"], image["width"]]
         if segmentation.get("size") != size:
-            return f"has size {short_repr(segmentation.get('size'))}, its image {size} (h, w)"
-        try:
-            run_lengths(segmentation)
-        except ValueError as error:
-            return f"has {error}"
+            found = short_repr(segmentation.get("size"))
+            return f"has size {found}, its image {size} (h, w){remedy}"
     return ""
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is_id(value: object) -> bool:
+    return type(value) is int and abs(value) < 2**63
 
 
-def _is_finite(value: object) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e12  # false for NaN
+def _are_finite(numbers: list | array) -> bool:
+    if isinstance(numbers, array):  # _mask_extents looks at these
+        return True
+    are_numbers = NUMBERS.issuperset(map(type, numbers))
+    return are_numbers and all(abs(value) < 1e12 for value in numbers)  # false for NaN
 
 
-def _check_files(coco: dict, name: str, images_dir: Path) -> None:
+def _mask_extents(annotations: list[dict], sizes: np.ndarray, faults: _Faults) -> np.ndarray:
+    """[A, 4]: left, top, right, bottom of each mask, NaN where there is none. Masks that break
+    pycocotools become faults: runs that do not fill the image, points far out, endless outlines."""
+    extents, bad = np.full((len(annotations), 4), np.nan), {}
+    with_polygons = []
+    for i, annotation in enumerate(annotations):
+        segmentation = annotation.get("segmentation")
+        if isinstance(segmentation, list):
+            if segmentation:
+                with_polygons.append(i)
+        elif segmentation:
+            try:
+                extents[i] = _code_extents(segmentation)
+            except ValueError as error:
+                bad[i] = f"has {error}"
+    for start in range(0, len(with_polygons), 50_000):  # few at a time save memory
+        chosen = with_polygons[start : start + 50_000]
+        polygons = [annotations[i]["segmentation"] for i in chosen]
+        extents[chosen], lengths = _polygon_extents(polygons)
+        is_far = ~(abs(extents[chosen]) <= REACH * sizes[chosen].max(1, keepdims=True)).all(1)
+        is_long = lengths > MAX_OUTLINE * sizes[chosen].sum(1)
+        for i in np.array(chosen)[is_far].tolist():
+            bad[i] = f"has points {REACH} times the image's size away, or not finite"
+        for i in np.array(chosen)[is_long & ~is_far].tolist():
+            bad[i] = "has an outline without end: its points go to and fro through the image"
+    if bad:
+        first = min(bad)
+        wheres = [f"annotation id {annotations[i]['id']}" for i in sorted(bad)]
+        faults.add(wheres, f"field 'segmentation' {bad[first]}; correct it, or use the box alone")
+    return extents
+
+
+def _polygon_extents(masks: list[list]) -> tuple[np.ndarray, np.ndarray]:
+    """Masks of polygons: their extents [M, 4] and the lengths of their outlines [M]."""
+    polygons = [array("d", polygon) for polygon in chain.from_iterable(masks)]
+    points = np.frombuffer(b"".join(polygons)).reshape(-1, 2)
+    ends = np.cumsum([len(polygon) // 2 for polygon in polygons])
+    first = np.cumsum([0] + [sum(map(len, mask)) // 2 for mask in masks[:-1]])
+    with np.errstate(invalid="ignore"):  # infinity
+        steps = np.abs(np.diff(points, axis=0, append=points[-1:])).max(1)
+    steps[ends - 1] = 0  # from one polygon to the next
+    extents = [np.minimum.reduceat(points, first), np.maximum.reduceat(points, first)]
+    return np.concatenate(extents, axis=1), np.add.reduceat(steps, first)
+
+
+def _check_files(coco: dict, name: str, images_dir: str) -> None:
     images = coco["images"]
-    if not images_dir.is_dir():
+    if not os.path.isdir(images_dir):
         raise DataError(f"{images_dir}: no such image directory; give the one that {name} is for")
-    missing = [image for image in images if not (images_dir / image["file_name"]).is_file()]
+    path_of = partial(os.path.join, images_dir)
+    missing = [image for image in images if not os.path.isfile(path_of(image["file_name"]))]
     if missing:
         raise DataError(
-            f"{images_dir / missing[0]['file_name']}: no such file (image id {missing[0]['id']}, "
-            f"field 'file_name' in {name}); {len(missing)} of {len(images)} images are missing: "
-            "add them, or give their directory"
+            f"{path_of(printable(missing[0]['file_name'], 200))}: no such file (image id "
+            f"{missing[0]['id']}, field 'file_name' in {name}); {len(missing)} of {len(images)} "
+            "images are missing: add them, or give their directory"
         )
     for entry in images if len(images) <= 2000 else images[:200]:
-        path = images_dir / entry["file_name"]
-        with explain(str(path), "replace it"), Image.open(path) as image:
+        path = path_of(entry["file_name"])
+        with explain(path, "replace it"), open_file(path) as file, Image.open(file) as image:
             is_plain = image.size == (entry["width"], entry["height"])
             if is_plain and (image.format != "PNG" or "exif" in image.info):  # a PNG would load
                 is_plain = image.getexif().get(EXIF_ORIENTATION, 1) == 1
         if not is_plain:  # let the loader decide, which knows how to rotate
-            check_size(_load_image(images_dir, "stretch", entry), entry, name)
+            check_size(_load_image(Path(images_dir), "stretch", entry), entry, name)
 
 
 # --- run-length codes and polygons ---------------------------------------------------------------
@@ -187,14 +408,17 @@ def run_lengths(code: dict) -> np.ndarray:
     Runs go down the columns of the mask, off and on in turn, off first. "counts" is their list, or
     COCO's text. Each character of the text (its code less 48) has five bits of a number, low bits
     first. Its sixth bit says that the number goes on. Numbers are signed. From the fourth on, a
-    number is the difference to the run before the last one.
+    number is the difference to the run before the last one. An array holds the runs themselves.
 
     Raises ValueError unless the runs fill the h*w pixels exactly. pycocotools does not check this:
     it leaves pixels uninitialized or never returns.
     """
     counts, pixels = code["counts"], math.prod(code["size"])
-    if isinstance(counts, list):
-        if not all(_is_int(run) and 0 <= run <= pixels for run in counts):
+    if isinstance(counts, np.ndarray):
+        runs = counts
+    elif isinstance(counts, list):
+        are_numbers = all(type(run) is int for run in counts)
+        if not are_numbers or min(counts, default=0) < 0 or max(counts, default=0) > pixels:
             raise ValueError("counts that are not the lengths of runs")
         runs = np.array(counts, dtype=np.int64)
     else:
@@ -224,6 +448,19 @@ def decode_mask(code: dict) -> np.ndarray:
     height, width = code["size"]
     runs = run_lengths(code)
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
+
+
+def _code_extents(code: dict) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom of the mask of a run-length code; zeros if it has no pixel."""
+    runs, height = run_lengths(code), code["size"][0]
+    ends, runs = runs.cumsum()[1::2], runs[1::2]
+    first, last = (ends - runs)[runs > 0], ends[runs > 0] - 1  # pixels of each run that is on
+    if not len(first):
+        return 0, 0, 0, 0
+    top, bottom = (first % height).min(), (last % height).max()
+    if (first // height < last // height).any():  # from one column into the next
+        top, bottom = 0, height - 1
+    return first[0] // height, top, last[-1] // height + 1, bottom + 1
 
 
 def encode_mask(
@@ -322,7 +559,7 @@ def check_size(image: np.ndarray, entry: dict, name: str) -> None:
 
 def image_loader(images_dir: str | Path, contrast: str = "none") -> Callable[[dict], np.ndarray]:
     """A function from an image entry to its file's pixels, upright, RGB uint8 [h, w, 3]."""
-    return functools.partial(_load_image, Path(images_dir), contrast)
+    return partial(_load_image, Path(images_dir), contrast)
 
 
 def _load_image(images_dir: Path, contrast: str, entry: dict) -> np.ndarray:
@@ -334,7 +571,8 @@ def _load_image(images_dir: Path, contrast: str, entry: dict) -> np.ndarray:
     no agreed range and is refused.
     """
     path = images_dir / entry["file_name"]
-    with explain(str(path), "replace it, or remove it from the JSON"), Image.open(path) as file:
+    remedy = "replace it, or remove it from the JSON"
+    with explain(str(path), remedy), open_file(path) as raw, Image.open(raw) as file:
         image = ImageOps.exif_transpose(file)
         if not image.mode.startswith(("I", "F")):
             pixels = np.array(image.convert("RGB"))

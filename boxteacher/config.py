@@ -119,6 +119,11 @@ class Config:
     out: str = ""  # the folder of the run; empty: runs/PRESET
 
 
+def is_due(config: Config, step: int, every: int) -> bool:
+    """Whether what happens every so many steps happens after `step` steps. 0: at the end only."""
+    return step == config.steps or (every > 0 and step % every == 0)
+
+
 FIELDS: dict[str, Any] = typing.get_type_hints(Config)  # name -> type
 LR_IMAGES = 16  # SGD: `lr` is for a step of so many images
 USUAL_LR = {"sgd": (0.01, 0.01), "adamw": (1e-4, 1e-3)}  # for LR_IMAGES; the published 0.01, 1e-4

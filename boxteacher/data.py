@@ -11,22 +11,70 @@ A sample's random choices depend on (seed, index, key) alone, not on the worker 
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import math
 import signal
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from reprlib import repr as short_repr
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .coco import DataError, check_size, explain, image_loader, read_coco
-from .config import Config, ConfigError
+from .coco import DataError, check_size, for_large_data, image_loader, read_coco, run_lengths
+from .config import Config, ConfigError, is_due
 from .shapes import load_shapes_image, make_shapes_coco
 from .transforms import Geometry, View, draw_view, resized_size
+
+# --- classes --------------------------------------------------------------------------------------
+
+
+class Classes(NamedTuple):
+    """The classes 0..C-1 of a model or a data set."""
+
+    names: list[str]
+    ids: list[int]  # in its JSON
+    source: str  # its file, for messages
+
+
+def match_classes(found: Classes, known: Classes) -> Classes:
+    """The classes `found` in a file, in the order of the `known` ones.
+
+    Equal names are the same class, whatever their ids. Raises DataError if one of the two has a
+    class that the other lacks, or if both give the same ids to other names: one must be wrong.
+    """
+    names = found.names
+    if known.names == [f"class {number}" for number in known.ids]:  # a published file has no names
+        names = [f"class {number}" for number in found.ids]
+    ids = dict(zip(names, found.ids, strict=True))
+    only = [[n for n in names if n not in known.names], [n for n in known.names if n not in ids]]
+    differences = [
+        f"{verb} {listed(o)}" for verb, o in zip(("has", "lacks"), only, strict=True) if o
+    ]
+    if differences:
+        what = f"other classes than {known.source}: it {' and '.join(differences)}"
+        raise DataError(f"{found.source}: {what}; field 'categories' must have the same")
+    order = [ids[name] for name in known.names]
+    if order != known.ids and sorted(order) == sorted(known.ids):
+        number, name = next(
+            p for p in zip(known.ids, known.names, strict=True) if ids[p[1]] != p[0]
+        )
+        other = names[found.ids.index(number)]
+        raise DataError(
+            f"{found.source}: category id {number} is {short_repr(other)}, but in {known.source} it"
+            f" is {short_repr(name)}; correct the names of one of them"
+        )
+    return Classes(known.names, order, found.source)
+
+
+def listed(names: list[str]) -> str:
+    return ", ".join(map(short_repr, names[:5])) + ", ..." * (len(names) > 5)
+
 
 # --- samples and batches --------------------------------------------------------------------------
 
@@ -64,161 +112,6 @@ class Batch(NamedTuple):
         return Batch(*moved)
 
 
-class CocoDataset(Dataset):
-    """The images of a checked COCO dict, each seen through a View drawn from the geometry.
-
-    Crowd annotations are dropped. Training leaves out images without a box. `notes` say how many.
-    mask_centers (CondInst): every annotation has a mask, and `centers` are the masks' centroids.
-    bottom_rows: see Batch.cut_rows, here of the original image. Items are indexed by (index, key),
-    where the key makes the draw, or by a plain index. For tests the geometry must leave no choice:
-    one size or scale, no crop, no flip.
-    """
-
-    def __init__(
-        self,
-        coco: dict,
-        load_image: Callable[[dict], np.ndarray],
-        geometry: Geometry,
-        train: bool,
-        mask_centers: bool = False,
-        bottom_rows: int = 0,
-        seed: int = 0,
-    ) -> None:
-        self.coco, self.load_image, self.geometry = coco, load_image, geometry
-        self.mask_centers, self.bottom_rows, self.seed = mask_centers, bottom_rows, seed
-        self.name = coco.get("json_path", "data")
-        self.categories = sorted(coco["categories"], key=lambda category: category["id"])
-        self.class_names = [category["name"] for category in self.categories]
-        self.category_ids = [category["id"] for category in self.categories]
-
-        # The annotations of each image that count.
-        of_image: dict[int, list[dict]] = {image["id"]: [] for image in coco["images"]}
-        for annotation in coco["annotations"]:
-            if annotation.get("iscrowd") or min(annotation["bbox"][2:]) <= 0:
-                continue
-            if mask_centers and not annotation.get("segmentation"):
-                raise DataError(
-                    f"{self.name}: annotation id {annotation['id']}: field 'segmentation' is "
-                    f"missing or empty; condinst needs masks: add it, or use boxteacher or boxinst"
-                )
-            of_image[annotation["image_id"]].append(annotation)
-        self.images = [image for image in coco["images"] if of_image[image["id"]] or not train]
-        self.annotations = [of_image[image["id"]] for image in self.images]
-        self.notes = self._left_out() if train else []
-
-        # Their boxes, xyxy within the image, and labels.
-        label_of = {category_id: label for label, category_id in enumerate(self.category_ids)}
-        self.boxes, self.labels = [], []
-        for image, given in zip(self.images, self.annotations, strict=True):
-            boxes = np.reshape([a["bbox"] for a in given], (-1, 4)).astype(float)
-            boxes[:, 2:] += boxes[:, :2]
-            self.boxes.append(boxes.clip(0, [image["width"], image["height"]] * 2))
-            labels = [label_of[a["category_id"]] for a in given]
-            self.labels.append(np.array(labels, dtype=np.int64))
-
-    def _left_out(self) -> list[str]:
-        if not self.images:
-            raise DataError(f"{self.name}: field 'annotations': no image has a box to train on")
-        empty = len(self.coco["images"]) - len(self.images)
-        crowds = sum(bool(annotation.get("iscrowd")) for annotation in self.coco["annotations"])
-        counts = ((empty, "images without a box"), (crowds, "crowd annotations"))
-        return [f"{self.name}: training leaves out {n} {what}" for n, what in counts if n]
-
-    def take_classes(self, names: Sequence[str], ids: Sequence[int], of: str) -> list[str]:
-        """Number the labels as `of` does, whose classes have these names and category ids. Classes
-        are the same if their names are. Returns a note if ids differ.
-
-        Raises DataError, with the names, if a class is missing here or there.
-        """
-        of_name = {category["name"]: category for category in self.categories}
-        lacks = {
-            self.name: [name for name in names if name not in of_name],
-            of: [name for name in of_name if name not in names],
-        }
-        if any(lacks.values()):
-            missing = [f"{where} lacks {_some(found)}" for where, found in lacks.items() if found]
-            raise DataError(f"{self.name} has other classes than {of}: {'; '.join(missing)}")
-        label_of = np.array([names.index(name) for name in self.class_names])
-        self.labels = [label_of[labels] for labels in self.labels]
-        self.class_names, self.categories = list(names), [of_name[name] for name in names]
-        self.category_ids = [category["id"] for category in self.categories]
-        both = zip(names, self.category_ids, ids, strict=True)
-        other = [f"{name} is {here}, there {there}" for name, here, there in both if here != there]
-        what = f"{self.name}: its classes have other ids than in {of} and are matched by name"
-        return [f"{what}: {_some(other)}"] if other else []
-
-    def num_masks(self) -> str:
-        """How many boxes have a true mask: "3 of 10"."""
-        given = [bool(a.get("segmentation")) for of_image in self.annotations for a in of_image]
-        return f"{sum(given)} of {len(given)}"
-
-    def true_masks(self, index: int, size: tuple[int, int]) -> Iterator[Tensor]:
-        """The true masks of image `index`, bool [h, w] of the whole image at `size`, one by one in
-        the order of its boxes. A mask that is not annotated is empty."""
-        image = self.images[index]
-        view = View((image["height"], image["width"]), size, (0, 0, *size), flip=False)
-        for annotation in self.annotations[index]:
-            has_mask = bool(annotation.get("segmentation"))
-            mask = self._mask(annotation, view) if has_mask else np.zeros(size, dtype=bool)
-            yield torch.from_numpy(mask)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, item: int | tuple[int, int]) -> Sample:
-        # Load the image, and draw the view on it.
-        index, key = item if isinstance(item, tuple) else (item, 0)
-        entry, image = self.images[index], self.load_image(self.images[index])
-        check_size(image, entry, self.name)
-        original = (entry["height"], entry["width"])
-        rng = np.random.default_rng((self.seed, index, key))
-        view = draw_view(self.geometry, original, self.boxes[index], rng)
-
-        # Boxes that can be seen, with their centers and masks.
-        boxes, kept = view.boxes(self.boxes[index])
-        boxes = boxes[kept]
-        centers = (boxes[:, :2] + boxes[:, 2:]) / 2
-        annotations = list(itertools.compress(self.annotations[index], kept))
-        masks = self._masks(annotations, view, centers)
-
-        # How many of the view's rows are among the bottom rows of the image.
-        top, _, height, _ = view.window
-        first_cut_row = view.resized[0] - int(self.bottom_rows * view.resized[0] / original[0])
-        return Sample(
-            image=torch.from_numpy(np.copy(view.image(image).transpose(2, 0, 1))),
-            boxes=torch.from_numpy(boxes).float(),
-            labels=torch.from_numpy(self.labels[index][kept]),
-            centers=torch.from_numpy(centers).float(),
-            masks=masks,
-            has_mask=torch.tensor([bool(a.get("segmentation")) for a in annotations]).bool(),
-            cut_rows=min(max(top + height - first_cut_row, 0), height),
-            image_id=entry["id"],
-            original_size=original,
-        )
-
-    def _masks(self, annotations: list[dict], view: View, centers: np.ndarray) -> Tensor:
-        """bool [G, h/4, w/4]: [2::4, 2::4] of each mask, off where an annotation has none. With
-        mask_centers, the masks' centroids replace `centers`."""
-        masks = [np.zeros(view.window[2:], dtype=bool)[2::4, 2::4]] * len(annotations)
-        for g, annotation in enumerate(annotations):
-            if not annotation.get("segmentation"):
-                continue
-            mask = self._mask(annotation, view)
-            masks[g] = mask[2::4, 2::4]
-            if self.mask_centers and mask.any():
-                centers[g] = [indices.mean() for indices in reversed(mask.nonzero())]  # x, y
-        return torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0, 0, 0).bool()
-
-    def _mask(self, annotation: dict, view: View) -> np.ndarray:
-        what = f"{self.name}: annotation id {annotation['id']}: field 'segmentation'"
-        with explain(what, "correct it, or remove it to use the box alone"):
-            return view.mask(annotation["segmentation"])
-
-
-def _some(words: list[str]) -> str:
-    return ", ".join(words[:5]) + ", ..." * (len(words) > 5)
-
-
 def collate(samples: list[Sample]) -> Batch:
     """Pad to the largest image, rounded up to 32, and to 8, 16, 32, ... boxes."""
     # The padded sizes.
@@ -248,6 +141,252 @@ def collate(samples: list[Sample]) -> Batch:
     )
 
 
+# --- a data set -----------------------------------------------------------------------------------
+
+
+class Ragged(Sequence):
+    """Arrays of different lengths in one buffer: item i is values[offsets[i] : offsets[i + 1]].
+
+    If `values` is a Ragged itself, items are lists. Worker processes share such buffers. Of dicts
+    and lists each makes a copy while it reads them, because Python counts references inside.
+    """
+
+    def __init__(self, values: np.ndarray | Ragged, lengths: Sequence[int]) -> None:
+        self.values = values
+        self.offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int | slice) -> Any:
+        chosen = range(len(self))[index]
+        if isinstance(index, slice):
+            return [self[i] for i in chosen]
+        return self.values[self.offsets[chosen] : self.offsets[chosen + 1]]
+
+
+def pack(numbers: np.ndarray) -> tuple[np.ndarray, int]:
+    """float64 -> (packed, unit), where packed / unit == numbers: int32 if all are whole hundredths,
+    like COCO's polygons, else float64."""
+    packed = np.empty(len(numbers), dtype=np.int32)
+    for start in range(0, len(numbers), 1 << 20):  # few at a time save memory
+        part = numbers[start : start + (1 << 20)]
+        hundredths = np.rint(100 * part)
+        if (hundredths / 100 != part).any() or abs(hundredths).max() >= 2**31:
+            return numbers, 1
+        packed[start : start + (1 << 20)] = hundredths
+    return packed, 100
+
+
+class Item(NamedTuple):
+    """What a data set is asked for."""
+
+    index: int  # of the image
+    key: int = 0  # makes the random draw
+    with_masks: bool = True  # False: Sample.masks is None, which saves time
+
+
+class CocoDataset(Dataset):
+    """The images of a checked COCO dict, each seen through a View drawn from the geometry.
+
+    Crowd annotations are dropped. Training leaves out images without a box. `notes` say how many,
+    and what is doubtful. mask_centers (CondInst): every annotation has a mask, and `centers` are
+    the masks' centroids. bottom_rows: see Batch.cut_rows, here of the original image. classes:
+    those whose order the labels have (default: by id). For tests the geometry must leave no choice:
+    one size or scale, no crop, no flip. `coco` is the dict, unless it is for training.
+    """
+
+    def __init__(
+        self,
+        coco: dict,
+        load_image: Callable[[dict], np.ndarray],
+        geometry: Geometry,
+        train: bool,
+        name: str = "data",
+        mask_centers: bool = False,
+        bottom_rows: int = 0,
+        seed: int = 0,
+        classes: Classes | None = None,
+    ) -> None:
+        self.load_image, self.geometry = load_image, geometry
+        self.mask_centers, self.bottom_rows, self.seed = mask_centers, bottom_rows, seed
+        self.coco, self.name, self.notes = None if train else coco, name, []
+        by_id = sorted((category["id"], category["name"]) for category in coco["categories"])
+        own = Classes([name for _, name in by_id], [number for number, _ in by_id], self.name)
+        self.classes = own if classes is None else match_classes(own, classes)
+        if classes is not None and self.classes.ids != classes.ids:
+            what = "its classes have other ids and are matched by name"
+            self.notes.append(f"{self.name}: unlike in {classes.source}, {what}")
+
+        # The annotations that count, image by image, and their boxes: xyxy within the image.
+        number_of = {image["id"]: number for number, image in enumerate(coco["images"])}
+        annotations = [a for a in coco["annotations"] if not a.get("iscrowd")]
+        of_image = np.array([number_of[a["image_id"]] for a in annotations], dtype=int)
+        boxes = np.array([a["bbox"] for a in annotations], dtype=float).reshape(-1, 4)
+        order = np.argsort(of_image, kind="stable")
+        order = order[(boxes[order, 2:] > 0).all(1)]
+        annotations, boxes = [annotations[i] for i in order.tolist()], boxes[order]
+        counts = np.bincount(of_image[order], minlength=len(number_of))
+        images = [image for image, n in zip(coco["images"], counts, strict=True) if n or not train]
+        counts = counts[counts > 0] if train else counts
+        sizes = [(image["height"], image["width"]) for image in images]
+        self.sizes = np.array(sizes, dtype=np.int64).reshape(-1, 2)
+        boxes[:, 2:] += boxes[:, :2]
+        boxes = boxes.clip(0, np.repeat(self.sizes[:, [1, 0, 1, 0]], counts, axis=0))
+        label_of = {category_id: label for label, category_id in enumerate(self.classes.ids)}
+        labels = np.array([label_of[a["category_id"]] for a in annotations], dtype=np.int64)
+
+        # What training does not see.
+        bare = [a["id"] for a in annotations if not a.get("segmentation")]
+        if mask_centers and bare:
+            raise DataError(
+                f"{self.name}: annotation id {bare[0]}: field 'segmentation' is missing or empty"
+                f" (like {len(bare)} of {len(annotations)}); condinst needs masks: add them, or use"
+                " boxteacher or boxinst"
+            )
+        if train:
+            self._tell_what_is_left_out(coco, len(images), labels)
+
+        # All of it in a few buffers.
+        self.image_ids = np.array([image["id"] for image in images], dtype=np.int64)
+        names = [image["file_name"].encode(errors="surrogatepass") for image in images]
+        self.file_names = Ragged(np.frombuffer(b"".join(names), np.uint8), [*map(len, names)])
+        self.boxes, self.labels = Ragged(boxes, counts), Ragged(labels, counts)
+        ids = np.array([annotation["id"] for annotation in annotations], dtype=np.int64)
+        self.annotation_ids = Ragged(ids, counts)
+        self._pack_masks([a.get("segmentation") or [] for a in annotations], counts)
+
+    def _tell_what_is_left_out(self, coco: dict, num_images: int, labels: np.ndarray) -> None:
+        total, crowds = (
+            len(coco["annotations"]),
+            sum(bool(a.get("iscrowd")) for a in coco["annotations"]),
+        )
+        if not num_images:
+            why = f"of {total}, {crowds} are crowds ('iscrowd')" if total else "the list is empty"
+            raise DataError(f"{self.name}: field 'annotations' has no box to train on: {why}")
+        lacking = np.setdiff1d(np.arange(len(self.classes.ids)), labels).tolist()
+        for count, what in (
+            (len(coco["images"]) - num_images, "images without a box"),
+            (crowds, "crowd annotations"),
+            (total - crowds - len(labels), "empty boxes"),
+            (
+                len(lacking),
+                "classes without a box: " + listed([self.classes.names[k] for k in lacking]),
+            ),
+        ):
+            if count:
+                self.notes.append(f"{self.name}: training leaves out {count} {what}")
+
+    def _pack_masks(self, segmentations: list[list | dict], counts: list[int]) -> None:
+        """A mask is a list of polygons, or of the runs of its code alone."""
+        is_code = np.array([isinstance(mask, dict) for mask in segmentations], dtype=bool)
+        for k in np.flatnonzero(is_code).tolist():
+            segmentations[k] = [run_lengths(segmentations[k]).astype(float)]
+        masks = [
+            [array("d", part) if isinstance(part, list) else part for part in mask]
+            for mask in segmentations
+        ]
+        parts = list(itertools.chain.from_iterable(masks))
+        numbers, self.unit = pack(np.frombuffer(b"".join(parts)))
+        parts = Ragged(numbers, [*map(len, parts)])
+        self.masks = Ragged(Ragged(parts, [*map(len, masks)]), counts)
+        self.is_code = Ragged(is_code, counts)
+
+    @property
+    def class_names(self) -> list[str]:
+        return self.classes.names
+
+    @property
+    def category_ids(self) -> list[int]:
+        return self.classes.ids
+
+    def num_masks(self) -> str:
+        """How many boxes have a true mask: "3 of 10"."""
+        is_given = np.diff(self.masks.values.offsets) > 0
+        return f"{is_given.sum()} of {len(is_given)}"
+
+    def entry(self, index: int) -> dict[str, Any]:
+        """The image as in the JSON: id, file_name, height and width."""
+        name = self.file_names[index].tobytes().decode(errors="surrogatepass")
+        height, width = self.sizes[index].tolist()
+        number = int(self.image_ids[index])
+        return {"id": number, "file_name": name, "height": height, "width": width}
+
+    def segmentations(self, index: int) -> list[list | dict]:
+        """The masks of the image's boxes as View.mask takes them. Empty where there is none."""
+        found = []
+        for mask, is_code in zip(self.masks[index], self.is_code[index], strict=True):
+            parts = [part / self.unit for part in mask]
+            size = self.sizes[index].tolist()
+            found.append({"size": size, "counts": parts[0].astype(int)} if is_code else parts)
+        return found
+
+    def true_masks(self, index: int, size: tuple[int, int]) -> Iterator[Tensor]:
+        """The true masks of image `index`, bool [h, w] of the whole image at `size`, one by one in
+        the order of its boxes. A mask that is not annotated is empty."""
+        view = View(tuple(self.sizes[index].tolist()), size, (0, 0, *size), flip=False)
+        for segmentation in self.segmentations(index):
+            mask = view.mask(segmentation) if segmentation else np.zeros(size, dtype=bool)
+            yield torch.from_numpy(mask)
+
+    def whole(self, geometry: Geometry) -> CocoDataset:
+        """The same images without crops and flips, as for tests."""
+        shown = copy.copy(self)
+        shown.geometry, shown.mask_centers, shown.bottom_rows = geometry, False, 0
+        return shown
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __getitem__(self, item: int | tuple) -> Sample:
+        # Load the image, and draw the view on it.
+        index, key, with_masks = Item(*item) if isinstance(item, tuple) else Item(item)
+        entry = self.entry(index)
+        image = self.load_image(entry)
+        check_size(image, entry, self.name)
+        original = (entry["height"], entry["width"])
+        rng = np.random.default_rng((self.seed, index, key))
+        view = draw_view(self.geometry, original, self.boxes[index], rng)
+
+        # Boxes that can be seen, with their centers and masks.
+        boxes, kept = view.boxes(self.boxes[index])
+        boxes = boxes[kept]
+        centers = (boxes[:, :2] + boxes[:, 2:]) / 2
+        masks = has_mask = None
+        if with_masks:
+            segmentations = [*itertools.compress(self.segmentations(index), kept)]
+            masks = self._masks(segmentations, view, centers)
+            has_mask = torch.tensor([bool(s) for s in segmentations], dtype=torch.bool)
+
+        # How many of the view's rows are among the bottom rows of the image.
+        top, _, height, _ = view.window
+        first_cut_row = view.resized[0] - int(self.bottom_rows * view.resized[0] / original[0])
+        return Sample(
+            image=torch.from_numpy(np.copy(view.image(image).transpose(2, 0, 1))),
+            boxes=torch.from_numpy(boxes).float(),
+            labels=torch.from_numpy(self.labels[index][kept]),
+            centers=torch.from_numpy(centers).float(),
+            masks=masks,
+            has_mask=has_mask,
+            cut_rows=min(max(top + height - first_cut_row, 0), height),
+            image_id=entry["id"],
+            original_size=original,
+        )
+
+    def _masks(self, segmentations: list, view: View, centers: np.ndarray) -> Tensor:
+        """bool [G, h/4, w/4]: [2::4, 2::4] of each mask, off where an annotation has none. With
+        mask_centers, the masks' centroids replace `centers`."""
+        masks = [np.zeros(view.window[2:], dtype=bool)[2::4, 2::4]] * len(segmentations)
+        for g, segmentation in enumerate(segmentations):
+            if not segmentation:
+                continue
+            mask = view.mask(segmentation)
+            masks[g] = mask[2::4, 2::4]
+            if self.mask_centers and mask.any():
+                centers[g] = [indices.mean() for indices in reversed(mask.nonzero())]  # x, y
+        return torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0, 0, 0).bool()
+
+
 # --- loaders --------------------------------------------------------------------------------------
 
 
@@ -257,8 +396,8 @@ def make_train_loader(
     """Yields, for each step from start_step to cfg.steps - 1, the list of the rank's
     `cfg.accumulate` Batches, its parts. Images are grouped by aspect, unless a crop makes them all
     one size."""
-    is_wide = [cfg.crop > 0 or image["width"] >= image["height"] for image in dataset.images]
-    order = train_order(is_wide, cfg, start_step, rank, world_size)
+    is_wide = (dataset.sizes[:, 1] >= dataset.sizes[:, 0]) | (cfg.crop > 0)
+    order = train_order(is_wide.tolist(), cfg, start_step, rank, world_size)
     batches = make_loader(dataset, order, cfg.workers, collate)
     return StepLoader(batches, max(cfg.steps - start_step, 0), cfg.accumulate)
 
@@ -280,18 +419,23 @@ class StepLoader:
 
 def train_order(
     is_wide: list[bool], cfg: Config, start_step: int, rank: int, world_size: int
-) -> Iterator[list[tuple[int, int]]]:
-    """The (index, key) of the rank's images, one list for each part of each step.
+) -> Iterator[list[Item]]:
+    """The items of the rank, one list for each part of each step.
 
     Endless shuffles are cut into global batches, which are all wide or all tall. The key is the
     image's position in the run. So images and their draws depend on the seed and the step alone,
-    if the global batch is of equal size.
+    if the global batch is of equal size. True masks come where training learns from them. In mode
+    boxteacher they are otherwise for the log (the IoU of pseudo masks), so they come with the steps
+    that are logged.
     """
     size = cfg.batch_size // (world_size * cfg.accumulate)  # images of a part
-    run = _global_batches(is_wide, cfg.batch_size, cfg.seed)
-    for batch in itertools.islice(run, start_step, cfg.steps):
+    run = itertools.islice(_global_batches(is_wide, cfg.batch_size, cfg.seed), cfg.steps)
+    for step, batch in itertools.islice(enumerate(run, 1), start_step, None):
+        is_learned = cfg.mode == "condinst" or cfg.use_masks
+        is_shown = cfg.mode == "boxteacher" and is_due(cfg, step, cfg.log_every)
+        items = [Item(index, key, is_learned or is_shown) for index, key in batch]
         for part in range(rank * cfg.accumulate, (rank + 1) * cfg.accumulate):
-            yield batch[part * size : (part + 1) * size]
+            yield items[part * size : (part + 1) * size]
 
 
 def _global_batches(is_wide: list[bool], size: int, seed: int) -> Iterator[list[tuple[int, int]]]:
@@ -308,8 +452,8 @@ def _global_batches(is_wide: list[bool], size: int, seed: int) -> Iterator[list[
 
 def make_test_loader(dataset: CocoDataset, rank: int, world_size: int, workers: int) -> DataLoader:
     """Yields (Batch of one image, its original (height, width)) for images rank::world_size."""
-    order = [[index] for index in range(rank, len(dataset), world_size)]
-    return make_loader(dataset, order, workers, _collate_test)
+    items = [Item(index, with_masks=False) for index in range(rank, len(dataset), world_size)]
+    return make_loader(dataset, [[item] for item in items], workers, _collate_test)
 
 
 def _collate_test(samples: list[Sample]) -> tuple[Batch, tuple[int, int]]:
@@ -345,7 +489,7 @@ def check_batch_norm(dataset: CocoDataset, cfg: Config, world_size: int) -> None
     if not norms or cfg.batch_size > world_size * cfg.accumulate:
         return
     geometry = dataset.geometry
-    for height, width in {(image["height"], image["width"]) for image in dataset.images}:
+    for height, width in np.unique(dataset.sizes, axis=0).tolist():
         for short, factor in itertools.product(geometry.sizes, geometry.scales or (0.0,)):
             size = resized_size(height, width, short, geometry.max_size, factor)
             if min(max(size), geometry.crop or math.inf) <= 32:
@@ -358,41 +502,71 @@ def check_batch_norm(dataset: CocoDataset, cfg: Config, world_size: int) -> None
 # --- the data sets of a configuration -------------------------------------------------------------
 
 
-def make_train_set(cfg: Config) -> CocoDataset:
-    """Images with boxes. Mode condinst learns from their true masks. The other modes compare pseudo
-    masks with them, where there are any."""
+@for_large_data()
+def make_train_set(cfg: Config, classes: Classes | None = None) -> CocoDataset:
+    """Images with boxes. Mode condinst learns from their true masks. Mode boxteacher compares
+    pseudo masks with them, where there are any. `classes`: those of a run that goes on."""
     if cfg.dataset == "shapes":
-        seed = 2 * cfg.seed + 1  # odd, since 0 is the validation set of every run
-        coco = make_shapes_coco(seed, cfg.shapes_train, cfg.shapes_size) | {"json_path": "shapes"}
+        seed = train_shapes_seed(cfg)
+        coco, name = make_shapes_coco(seed, cfg.shapes_train, cfg.shapes_size), "shapes"
         paint = load_shapes_image(seed, cfg.shapes_size)
         # Painted once: a small run sees each image often, and painting costs as much as training.
         load_image = functools.partial(_kept, [paint(entry) for entry in coco["images"]])
     else:
-        coco = read_coco(cfg.train_json, cfg.train_images)
+        (coco, notes), name = read_coco(cfg.train_json, cfg.train_images, True), cfg.train_json
         load_image = image_loader(cfg.train_images, cfg.contrast)
-    return CocoDataset(
+    dataset = CocoDataset(
         coco,
         load_image,
         Geometry(cfg.train_sizes, cfg.train_max_size, cfg.train_scales, cfg.crop, cfg.flip),
         train=True,
+        name=name,
         mask_centers=cfg.mode == "condinst",
         bottom_rows=cfg.bottom_rows,
         seed=cfg.seed,
+        classes=classes,
     )
+    if cfg.dataset == "coco":
+        dataset.notes += notes + dark_images(dataset)
+    return dataset
+
+
+def train_shapes_seed(cfg: Config) -> int:
+    return 2 * cfg.seed + 1  # odd, since 0 is the validation set of every run
 
 
 def _kept(images: list[np.ndarray], entry: dict) -> np.ndarray:
     return images[entry["id"] - 1]
 
 
-def make_val_set(cfg: Config) -> CocoDataset:
-    """All validation images at test size."""
+@for_large_data()
+def make_val_set(cfg: Config, classes: Classes | None = None) -> CocoDataset:
+    """All validation images at test size. `classes` are those of the model: its labels' order."""
     if cfg.dataset == "shapes":
-        coco = make_shapes_coco(0, cfg.shapes_val, cfg.shapes_size) | {"json_path": "shapes"}
+        coco, name = make_shapes_coco(0, cfg.shapes_val, cfg.shapes_size), "shapes"
         load_image = load_shapes_image(0, cfg.shapes_size)
     else:
-        coco = read_coco(cfg.val_json, cfg.val_images)
+        (coco, notes), name = read_coco(cfg.val_json, cfg.val_images), cfg.val_json
         load_image = image_loader(cfg.val_images, cfg.contrast)
+    dataset = CocoDataset(coco, load_image, whole_geometry(cfg), False, name, classes=classes)
+    if cfg.dataset == "coco":
+        dataset.notes += notes + dark_images(dataset)
+    return dataset
+
+
+def whole_geometry(cfg: Config) -> Geometry:
+    """That of the test images."""
     scales = (cfg.test_scale,) if cfg.test_scale else ()
-    geometry = Geometry((cfg.test_size,), cfg.test_max_size, scales)
-    return CocoDataset(coco, load_image, geometry, train=False)
+    return Geometry((cfg.test_size,), cfg.test_max_size, scales)
+
+
+def dark_images(dataset: CocoDataset) -> list[str]:
+    """A note if some images that are spread over the set use the lowest quarter of 0..255 alone."""
+    chosen = np.unique(np.linspace(0, len(dataset) - 1, 8).astype(int)).tolist()
+    brightest = max(int(dataset.load_image(dataset.entry(index)).max()) for index in chosen)
+    if brightest >= 64:
+        return []
+    return [
+        f"{dataset.name}: {len(chosen)} images have no value over {brightest} of 255: do they use 8"
+        " or 12 of 16 bits? --contrast stretch makes them visible"
+    ]

@@ -23,6 +23,14 @@ class Stopped(KeyboardInterrupt):
     """A signal has ended the run, and all of it is saved."""
 
 
+def printable(text: str, limit: int = 2000) -> str:
+    """Text from a file as one line that is safe to print, of `limit` characters at most. Control
+    characters (line breaks, escape codes) and lone surrogates become spaces."""
+    shown = "".join(c if c.isprintable() else " " for c in text[: 10 * limit])
+    shown = " ".join(shown.split())
+    return shown if len(shown) <= limit else shown[: limit - 3] + "..."
+
+
 def run(main: Callable[[], object]) -> None:
     """Run a program. What the user can solve or has asked for ends it with one line instead of a
     traceback. Of torchrun's processes on a machine only the first to fail speaks."""
@@ -54,7 +62,7 @@ def run(main: Callable[[], object]) -> None:
 
 def end(code: int, message: str) -> NoReturn:
     if is_first_to_fail():
-        print(message, file=sys.stderr)
+        print(printable(message), file=sys.stderr)
     sys.exit(code)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import math
 import sys
@@ -22,7 +21,7 @@ from tqdm import tqdm
 
 from . import distributed
 from .config import Config
-from .data import CocoDataset, collate, make_val_set
+from .data import CocoDataset, collate, whole_geometry
 from .files import WriteError, whole_file, write_text
 from .model import CondInst, Instances, scale_boxes
 from .pseudo_labels import assign_to_boxes
@@ -209,9 +208,7 @@ def write_contact_sheet(
 ) -> None:
     """The sheet of validation images, or without these of training images, whole, not flipped."""
     if val_set is None:
-        files = dict(val_json=model.cfg.train_json, val_images=model.cfg.train_images)
-        val_set = make_val_set(dataclasses.replace(model.cfg, **files))
-        val_set.take_classes(train_set.class_names, train_set.category_ids, train_set.name)
+        val_set = train_set.whole(whole_geometry(model.cfg))
     sheet = make_contact_sheet(model, val_set, next(model.parameters()).device)
     with whole_file(path) as file:
         sheet.save(file, "png")
@@ -234,7 +231,7 @@ def make_contact_sheet(
         " another. Paler pseudo masks: less trusted. Captions without a free place are left out."
     )
     chosen = [index for index, boxes in enumerate(dataset.boxes) if len(boxes)][:rows]
-    sizes = [(dataset.images[index]["height"], dataset.images[index]["width"]) for index in chosen]
+    sizes = dataset.sizes[chosen].tolist()
     side = sheet_side([height / max(height, width) for height, width in sizes], len(titles))
     was_training = model.training
     model.eval()
@@ -253,7 +250,7 @@ def _pictures_of(
 ) -> list[Image.Image]:
     """The four pictures of an image. Predictions and true masks come in up to twice the size in
     which they are shown, for smooth edges. Pseudo masks are known on the stride-4 grid only."""
-    batch = collate([dataset[index]]).to(device)
+    batch = collate([dataset[index, 0, False]]).to(device)
     valid, (height, width) = batch.valid[0], batch.sizes[0]
     boxes, labels = batch.boxes[0, valid], batch.labels[0, valid]
     image, names = batch.images[0, :, :height, :width], dataset.class_names
@@ -279,7 +276,7 @@ def _pictures_of(
     look = {"scores": sure.scores, "opacity": opacity, "colors": colors}
     predicted = draw(sure_boxes, sure.masks, sure.labels, **look)
 
-    original = (dataset.images[index]["height"], dataset.images[index]["width"])
+    original = tuple(dataset.sizes[index].tolist())
     true_masks = islice(dataset.true_masks(index, min(fine, original)), MAX_INSTANCES)
     truth = draw(None, torch.stack([*true_masks]), labels)
     return [boxed, taught, predicted, truth]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .checkpoint import Checkpoint, load_checkpoint
 from .config import Config, ConfigError, changes_on_resume, from_dict
-from .data import CocoDataset
+from .data import Classes, CocoDataset
 from .files import WriteError
 from .reporting import say_notes
 
@@ -27,10 +27,18 @@ def read_run(folder: str) -> Config:
     return from_dict(load_checkpoint(path)["config"], str(path))
 
 
-def load_last(cfg: Config, train_set: CocoDataset) -> Checkpoint:
-    """The checkpoint to go on from. It says what has changed since, and gives the classes of the
-    data the run's labels. Raises ConfigError, CheckpointError or DataError for another run."""
+def load_last(cfg: Config) -> tuple[Checkpoint, Classes]:
+    """The checkpoint to go on from, and its classes: the order of the run's labels. Raises
+    ConfigError if the settings make another run."""
     checkpoint = load_checkpoint(name_of(cfg) / "last.pt")
+    changes_on_resume(from_dict(checkpoint["config"], str(checkpoint.path)), cfg)
+    names, ids = checkpoint["class_names"], checkpoint["category_ids"]
+    return checkpoint, Classes(names, ids, str(checkpoint.path))
+
+
+def check_resume(cfg: Config, checkpoint: Checkpoint, train_set: CocoDataset) -> None:
+    """Say what has changed since the checkpoint, now that the data are known. Raises ConfigError if
+    they are others, or if the run is longer already."""
     path, step = checkpoint.path, checkpoint["step"]
     say_notes(changes_on_resume(from_dict(checkpoint["config"], str(path)), cfg), "note")
     if step > cfg.steps:
@@ -41,9 +49,6 @@ def load_last(cfg: Config, train_set: CocoDataset) -> Checkpoint:
             f"resume: {path} was trained on {num_images} images with boxes, {train_set.name} has"
             f" {len(train_set)}; for a new run that starts from its weights give --init {path}"
         )
-    classes = checkpoint["class_names"], checkpoint["category_ids"]
-    say_notes(train_set.take_classes(*classes, str(path)))
-    return checkpoint
 
 
 def resume_after_restart(cfg: Config) -> Config:

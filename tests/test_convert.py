@@ -43,7 +43,7 @@ def run(monkeypatch, *argv):
 
 def load(path, images):
     """What our own reader and data set make of it."""
-    coco = read_coco(path, images)
+    coco, _ = read_coco(path, images)
     dataset = CocoDataset(coco, image_loader(images), Geometry((64,), 128), train=False)
     for index in range(len(dataset)):
         dataset[index]

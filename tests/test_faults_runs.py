@@ -34,7 +34,7 @@ from boxteacher.checkpoint import (
 )
 from boxteacher.command_line import parse
 from boxteacher.config import CHOICES, FIELDS, MEANING, Config, changes_on_resume
-from boxteacher.data import CocoDataset, check_batch_norm, make_train_set
+from boxteacher.data import Classes, CocoDataset, check_batch_norm, make_train_set
 from boxteacher.errors import UserError
 from boxteacher.files import check_writable, whole_file, write_text
 from boxteacher.model import build_model
@@ -452,8 +452,10 @@ def test_two_runs_never_get_the_same_free_name(tmp_path, monkeypatch):
 # --- classes --------------------------------------------------------------------------------------
 
 
-def dataset_with(categories: list[tuple[int, str]]) -> CocoDataset:
-    """One image, and a box of each category."""
+def dataset_with(
+    categories: list[tuple[int, str]], names: list[str], ids: list[int]
+) -> CocoDataset:
+    """One image, and a box of each category, for a model with the classes `names` and `ids`."""
     coco = {
         "images": [{"id": 1, "file_name": "a", "width": 9, "height": 9}],
         "categories": [{"id": i, "name": name} for i, name in categories],
@@ -462,33 +464,45 @@ def dataset_with(categories: list[tuple[int, str]]) -> CocoDataset:
             for n, (i, _) in enumerate(categories)
         ],
     }
-    return CocoDataset(coco, None, Geometry((9,), 9), train=False)
+    known = Classes(names, ids, "last.pt")
+    return CocoDataset(coco, None, Geometry((9,), 9), train=False, classes=known)
 
 
 @pytest.mark.parametrize(
     "categories",
     [
         [(1, "cat"), (2, "dog"), (3, "emu")],  # as trained
-        [(2, "cat"), (1, "dog"), (3, "emu")],  # exchanged
         [(0, "cat"), (1, "dog"), (2, "emu")],  # counted from 0
         [(9, "emu"), (70, "cat"), (71, "dog")],
     ],
 )
 def test_classes_are_the_same_by_name_whatever_their_ids(categories):
-    dataset = dataset_with(categories)
-    notes = dataset.take_classes(["cat", "dog", "emu"], [1, 2, 3], "last.pt")
+    dataset = dataset_with(categories, ["cat", "dog", "emu"], [1, 2, 3])
     names = [dataset.class_names[label] for label in dataset.labels[0]]
     assert names == [name for _, name in categories]
     ids = [dataset.category_ids[label] for label in dataset.labels[0]]
     assert ids == [i for i, _ in categories]
-    assert bool(notes) == (dataset.category_ids != [1, 2, 3])
+    assert bool(dataset.notes) == (dataset.category_ids != [1, 2, 3])
 
 
 def test_a_class_that_is_missing_here_or_there_is_named():
-    dataset = dataset_with([(1, "cat"), (2, "ox")])
-    message = refusal(dataset.take_classes, ["cat", "dog"], [1, 2], "last.pt")
-    assert "data lacks dog" in message
-    assert "last.pt lacks ox" in message
+    message = refusal(dataset_with, [(1, "cat"), (2, "ox")], ["cat", "dog"], [1, 2])
+    assert "data: other classes than last.pt: it has 'ox' and lacks 'dog'" in message
+
+
+@pytest.mark.parametrize("ids", [(2, 1, 3), (2, 3, 1)])
+def test_the_same_ids_with_other_names_are_refused(ids):
+    """One of the two files must be wrong, and nobody knows which."""
+    names = ["cat", "dog", "emu"]
+    message = refusal(dataset_with, [*zip(ids, names, strict=True)], names, [1, 2, 3])
+    assert f"data: category id 1 is {names[ids.index(1)]!r}, but in last.pt it is 'cat'" in message
+
+
+def test_classes_that_have_no_names_are_known_by_their_ids():
+    """As in published files."""
+    assert dataset_with([(1, "cat"), (2, "ox")], ["class 1", "class 2"], [1, 2]).notes == []
+    message = refusal(dataset_with, [(1, "cat"), (3, "ox")], ["class 1", "class 2"], [1, 2])
+    assert "has 'class 3' and lacks 'class 2'" in message
 
 
 CLASSES = ["star", "ring", "crescent"]

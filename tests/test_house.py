@@ -37,7 +37,8 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "command_line": (set(), {"config", "presets"}),
     # data
     "distributed": ({"torch"}, {"errors"}),
-    "coco": ({"numpy", "PIL", "pycocotools"}, {"errors"}),
+    "plausible": ({"numpy"}, set()),
+    "coco": ({"numpy", "PIL", "pycocotools"}, {"errors", "plausible"}),
     "transforms": ({"torch", "torchvision", "numpy", "PIL", "pycocotools"}, {"coco"}),
     "data": (
         {"torch", "numpy"},

@@ -58,7 +58,7 @@ def run(monkeypatch, module, *argv):
 
 
 def test_pictures_are_made_of_every_image(model, tmp_path, monkeypatch):
-    state = {"config": dataclasses.asdict(model.cfg), "class_names": CLASS_NAMES, "step": 1}
+    state = {"config": dataclasses.asdict(model.cfg), "class_names": list(CLASS_NAMES), "step": 1}
     state |= {"category_ids": [1, 2, 3, 4, 5, 6], "student": model.state_dict()}
     save_checkpoint(tmp_path / "last.pt", state | {"teacher": None, "optimizer": None})
     words = ("--checkpoint", tmp_path / "last.pt", "--output", tmp_path / "out", "--images", 3)

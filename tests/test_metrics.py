@@ -133,7 +133,8 @@ def test_odd_files_pass_the_reader(tmp_path):
     (tmp_path / "truth.json").write_text(json.dumps(coco))
     for image in coco["images"]:
         Image.new("RGB", (image["width"], image["height"])).save(tmp_path / image["file_name"])
-    assert len(read_coco(tmp_path / "truth.json", tmp_path)["annotations"]) > 20
+    read, _ = read_coco(tmp_path / "truth.json", tmp_path)
+    assert len(read["annotations"]) > 20
 
 
 # --- Pascal VOC -----------------------------------------------------------------------------------

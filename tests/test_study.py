@@ -224,7 +224,7 @@ def test_self_training_learns_from_the_masks_of_the_study_s_own_boxinst(tmp_path
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["score", "--only", "none"], "only: none is not one of mask-aware, published"),
+        (["score", "--only", "none"], "only: none is not one of mask-aware, detection"),
         (["score", "--seeds", "one"], "seeds: give 0-4 or 0,1,2 and the like, not one"),
     ],
 )

@@ -108,7 +108,8 @@ def main() -> None:
         path = args.dest / f"{kind}_{images.name}.json"
         if path in written:
             raise DataError(f"{args.source}: two sets have the name {images.name}: rename one")
-        check_coco(coco, str(path))
+        for note in check_coco(coco, str(path)):
+            print(f"warning: {note}", file=sys.stderr)
         written[path] = json.dumps(coco)
         texts.append(describe(path, images, coco, left_out))
     args.dest.mkdir(parents=True, exist_ok=True)

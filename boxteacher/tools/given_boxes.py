@@ -117,8 +117,8 @@ def look(
 
     # 3. Read the masks inside the boxes.
     masks, scores, threshold = [], quality[index].sqrt(), cfg.mask_threshold
-    for some in index.split(MASK_CHUNK):
-        for mask_map in model.mask_maps(encoded, 0, some):
+    for maps in model.mask_maps(encoded, 0, index):
+        for mask_map in maps:
             g = len(masks)
             masks.append(read_window(mask_map, view, window(boxes[g], view.original)))
             inside = torch.ones_like(masks[g], dtype=torch.bool)
@@ -132,9 +132,9 @@ def detection_scores(
 ) -> Tensor:
     """Mask-aware scores [D]. Boxes are in pixels of `size`. The network sees `seen_size`."""
     aware = [found.scores[:0]]
-    chunks = zip(*(part.split(MASK_CHUNK) for part in found), strict=True)
-    for boxes, scores, _, index in chunks if len(found.scores) else ():
-        maps = model.mask_maps(encoded, 0, index)
+    parts = found.boxes.split(MASK_CHUNK), found.scores.split(MASK_CHUNK)
+    all_maps = model.mask_maps(encoded, 0, found.location_index)
+    for maps, boxes, scores in zip(all_maps, *parts, strict=True) if len(found.scores) else ():
         positions = mask_head.pixel_positions(maps, seen_size, size)
         aware.append(model.scores_in_boxes(maps, boxes, scores, *positions))
     return torch.cat(aware)

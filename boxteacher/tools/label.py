@@ -39,7 +39,7 @@ from boxteacher.command_line import Parser
 from boxteacher.config import ConfigError, from_word
 from boxteacher.data import CocoDataset, make_val_set
 from boxteacher.model import CondInst
-from boxteacher.reporting import progress
+from boxteacher.reporting import progress, say_notes
 from boxteacher.tools.common import load_network, write
 from boxteacher.tools.given_boxes import Looks, label_image, window
 
@@ -96,27 +96,28 @@ def label_dataset(
     is known. Crowds get none."""
     fields, ious, api, device = {}, {}, COCO(), model.pixel_mean.device
     api.imgs = {image["id"]: image for image in data.coco["images"]}
+    given = {annotation["id"]: annotation for annotation in data.coco["annotations"]}
     for index in progress(range(len(data)), "label", len(data)):
-        entry, annotations = data.images[index], data.annotations[index]
-        if not annotations:
+        entry, ids = data.entry(index), data.annotation_ids[index].tolist()
+        if not ids:
             continue
         pixels, size = data.load_image(entry), (entry["height"], entry["width"])
         check_size(pixels, entry, data.name)
         boxes = torch.from_numpy(data.boxes[index]).float().to(device)
         masks = label_image(model.eval(), pixels, boxes, looks)
-        for annotation, box, found in zip(annotations, boxes, masks, strict=True):
+        for number, box, found in zip(ids, boxes, masks, strict=True):
             corner = tuple(span.start for span in window(box, size))
             shape = polygons(found.mask, *corner) if as_polygons else None
-            fields[annotation["id"]] = {
+            fields[number] = {
                 "segmentation": shape or encode_mask(found.mask, corner, size),
                 "score": found.score,
                 "mask_source": found.source,
             }
-            if annotation.get("segmentation"):
+            if given[number].get("segmentation"):
                 guesses = {"masks": found.mask, **box_guesses(pixels, box)}
                 codes = [encode_mask(guess, corner, size) for guess in guesses.values()]
-                overlaps = rle_tools.iou(codes, [api.annToRLE(annotation)], [0])[:, 0]
-                ious[annotation["id"]] = dict(zip(guesses, overlaps.tolist(), strict=True))
+                overlaps = rle_tools.iou(codes, [api.annToRLE(given[number])], [0])[:, 0]
+                ious[number] = dict(zip(guesses, overlaps.tolist(), strict=True))
     return fields, ious
 
 
@@ -149,6 +150,7 @@ def main() -> None:
         files = dict(val_json=args.boxes, val_images=args.images)
         cfg = dataclasses.replace(cfg, dataset="coco", **files)
     dataset = make_val_set(cfg)
+    say_notes(dataset.notes)
     fields, ious = label_dataset(model, dataset, looks, args.polygons)
 
     located = {i for i, of_box in fields.items() if of_box["mask_source"] == "location"}
@@ -160,8 +162,8 @@ def main() -> None:
         print(f"{kind:<8}{shown}")
     print(json.dumps(content))
     if args.boxes:
-        content = {key: value for key, value in dataset.coco.items() if key != "json_path"}
-        content["annotations"] = [a | fields.get(a["id"], {}) for a in content["annotations"]]
+        labeled = [a | fields.get(a["id"], {}) for a in dataset.coco["annotations"]]
+        content = dataset.coco | {"annotations": labeled}
         weak = {i for i, of_box in fields.items() if of_box["score"] < args.min_score}
         for annotation in content["annotations"]:
             if annotation["id"] in weak:

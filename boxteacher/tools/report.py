@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from boxteacher import errors
-from boxteacher.coco_eval import METRICS
+from boxteacher.coco_eval import COLUMNS
 from boxteacher.command_line import Parser
 from boxteacher.config import FIELDS
 from boxteacher.tools.common import write
@@ -114,7 +114,7 @@ def page(runs: Sequence[Run]) -> str:
 
     # Results side by side, and what the runs do not share.
     kinds = {"segm": "mask", "bbox": "box"}
-    heads = ["run", "mode", "steps", *(f"{k} {m}" for k in kinds.values() for m in METRICS)]
+    heads = ["run", "mode", "steps", *(f"{k} {m}" for k in kinds.values() for m in COLUMNS["coco"])]
     heads += ["given boxes: mean IoU", "over 0.75", "images/s"]
     rows = []
     for run in runs:
@@ -125,7 +125,7 @@ def page(runs: Sequence[Run]) -> str:
                 run.key,
                 escape(run.config["mode"]),
                 f"{done} of {run.config['steps']}",
-                *(shown(run.last().get(k, {}).get(m)) for k in kinds for m in METRICS),
+                *(shown(run.last().get(k, {}).get(m)) for k in kinds for m in COLUMNS["coco"]),
                 shown(run.given.get("mean_iou"), 3),
                 shown(run.given.get("over_75"), 3),
                 shown(speeds[len(speeds) // 2] if speeds else None),

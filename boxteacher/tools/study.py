@@ -29,6 +29,7 @@ from PIL import Image
 from boxteacher import errors
 from boxteacher.command_line import Parser, parse
 from boxteacher.config import ConfigError
+from boxteacher.shapes import load_shapes_image, make_shapes_coco
 from boxteacher.tools.studies import STUDIES, C
 
 MEASURES = {  # name in results.jsonl: heading, decimals
@@ -86,16 +87,19 @@ def make_run(study: Path, configurations: dict[str, C], label: str, seed: int) -
 def write_shapes(folder: str, words: list[str]) -> None:
     """Generated images as files: FOLDER/train, FOLDER/train.json, and the same for val."""
     # Imported here, because torch would occupy memory in the process that waits for the runs.
-    from boxteacher.data import make_train_set, make_val_set
+    from boxteacher.data import train_shapes_seed
 
     cfg = parse(words)
-    for name, dataset in (("train", make_train_set(cfg)), ("val", make_val_set(cfg))):
-        images, entries = Path(folder, name), []
+    sets = {"train": (train_shapes_seed(cfg), cfg.shapes_train), "val": (0, cfg.shapes_val)}
+    for name, (seed, count) in sets.items():
+        images, coco = Path(folder, name), make_shapes_coco(seed, count, cfg.shapes_size)
         images.mkdir(parents=True)
-        for entry in dataset.coco["images"]:
-            entries.append(entry | {"file_name": f"{entry['id']}.png"})
-            Image.fromarray(dataset.load_image(entry)).save(images / entries[-1]["file_name"])
-        write(images.with_suffix(".json"), json.dumps(dataset.coco | {"images": entries}))
+        load_image = load_shapes_image(seed, cfg.shapes_size)
+        for entry in coco["images"]:
+            pixels = load_image(entry)
+            entry["file_name"] = f"{entry['id']}.png"
+            Image.fromarray(pixels).save(images / entry["file_name"])
+        write(images.with_suffix(".json"), json.dumps(coco))
 
 
 def do(run: Run, lock: int, children: list[subprocess.Popen]) -> Result:
