@@ -59,5 +59,8 @@ STUDIES: dict[str, list[C]] = {
         for colors in ("none", "weak", "strong")
     ],
     "ema": [C(m, f"{TEACHER} --ema-momentum {m}") for m in ("0", "0.9", "0.99", "0.999")],
-    "teacher_size": [C(f"{x}x", f"{TEACHER} --teacher-size {int(x * SIDE)}") for x in (1, 1.2)],
+    "teacher_size": [
+        C(f"{x}x", f"{TEACHER} --teacher-size {int(x * SIDE)} --test-max-size {2 * SIDE}")
+        for x in (1, 1.2)
+    ],
 }
