@@ -1,9 +1,8 @@
-"""What several tools share: a network, its input, whole files."""
+"""What several tools share: a network and its input."""
 
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,10 +39,3 @@ def network_input(view: View, pixels: np.ndarray) -> Tensor:
     multiples of 32."""
     image = torch.from_numpy(view.image(pixels).copy()).permute(2, 0, 1)
     return F.pad(image, (0, -view.window[3] % 32, 0, -view.window[2] % 32))[None]
-
-
-def write(path: Path, text: str) -> None:
-    """Whoever reads the file finds the old text or the new one, never a part."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text)
-    unfinished.replace(path)

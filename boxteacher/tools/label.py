@@ -38,9 +38,10 @@ from boxteacher.coco import check_size, encode_mask, polygons
 from boxteacher.command_line import Parser
 from boxteacher.config import ConfigError, from_word
 from boxteacher.data import CocoDataset, make_val_set
+from boxteacher.files import write_text
 from boxteacher.model import CondInst
 from boxteacher.reporting import progress, say_notes
-from boxteacher.tools.common import load_network, write
+from boxteacher.tools.common import load_network
 from boxteacher.tools.given_boxes import Looks, label_image, window
 
 try:
@@ -171,7 +172,7 @@ def main() -> None:
         if args.min_score:
             print(f"{len(weak)} of {len(fields)} boxes got no mask: score below {args.min_score}")
     output = Path(args.output or Path(args.checkpoint).with_name("given_boxes.json"))
-    write(output, json.dumps(content))
+    write_text(output, json.dumps(content))
     print(output)
 
 

@@ -33,6 +33,7 @@ from boxteacher.coco import DataError, decode_mask, image_loader, polygons
 from boxteacher.coco_eval import to_coco_results
 from boxteacher.command_line import Parser
 from boxteacher.config import Config, ConfigError
+from boxteacher.files import write_text
 from boxteacher.model import CondInst, Instances, Size
 from boxteacher.reporting import progress
 from boxteacher.tools import common
@@ -150,7 +151,7 @@ def finished(path: Path, settings: dict[str, str], goes_on: bool) -> set[str]:
     off is removed. Without such a file, one is begun."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        common.write(path, json.dumps(settings) + "\n")
+        write_text(path, json.dumps(settings) + "\n")
     elif not goes_on:
         raise ConfigError(f"output: {path.parent} holds results; add --skip-existing to go on")
     names = set()

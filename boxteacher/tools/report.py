@@ -19,7 +19,7 @@ from boxteacher import errors
 from boxteacher.coco_eval import COLUMNS
 from boxteacher.command_line import Parser
 from boxteacher.config import FIELDS
-from boxteacher.tools.common import write
+from boxteacher.files import write_text
 from boxteacher.visualize import Points, chart
 
 COLORS = ("#1b6ca8", "#d1495b", "#2e933c", "#8f5db7", "#c77800", "#00868b", "#7a4b3a", "#555555")
@@ -180,7 +180,7 @@ def main() -> None:
         is_unique = sum(other.name == folder.name for other in args.runs) == 1
         name = folder.name if is_unique else str(folder)
         runs.append(Run(folder, name, COLORS[number % len(COLORS)]))
-    write(args.output, page(runs))
+    write_text(args.output, page(runs))
     print(args.output)
 
 

@@ -29,6 +29,7 @@ from PIL import Image
 from boxteacher import errors
 from boxteacher.command_line import Parser, parse
 from boxteacher.config import ConfigError
+from boxteacher.files import write_text
 from boxteacher.shapes import load_shapes_image, make_shapes_coco
 from boxteacher.tools.studies import STUDIES, C
 
@@ -99,7 +100,7 @@ def write_shapes(folder: str, words: list[str]) -> None:
             pixels = load_image(entry)
             entry["file_name"] = f"{entry['id']}.png"
             Image.fromarray(pixels).save(images / entry["file_name"])
-        write(images.with_suffix(".json"), json.dumps(coco))
+        write_text(images.with_suffix(".json"), json.dumps(coco))
 
 
 def do(run: Run, lock: int, children: list[subprocess.Popen]) -> Result:
@@ -127,13 +128,6 @@ def do(run: Run, lock: int, children: list[subprocess.Popen]) -> Result:
 
 def is_finished(identity: Result, results: list[Result]) -> bool:
     return any("error" not in result and identity.items() <= result.items() for result in results)
-
-
-def write(path: Path, text: str) -> None:
-    """Whoever reads the file finds the old text or the new one, never a part."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text)
-    unfinished.replace(path)
 
 
 def read_results(study: Path) -> list[Result]:
@@ -164,7 +158,7 @@ def run_all(runs: list[Run], jobs: int, study: Path) -> None:
         for done, future in enumerate(as_completed(futures.values()), 1):
             results.append(future.result())
             lines = [json.dumps(result) + "\n" for result in results]
-            write(study / "results.jsonl", "".join(lines))
+            write_text(study / "results.jsonl", "".join(lines))
             failed += "error" in results[-1]
             left = (time.monotonic() - started) / done * (len(waiting) - done) / 60
             print(f"{done} of {len(waiting)}, {left:.0f} min left: {lines[-1]}", end="", flush=True)
@@ -265,8 +259,8 @@ def main() -> None:
     finally:
         rows = tabulate(configurations, runs, read_results(study))
         table = study / f"table_seeds_{args.seeds}.md"
-        write(table, markdown(rows))
-        write(table.with_suffix(".json"), json.dumps(rows, indent=2) + "\n")
+        write_text(table, markdown(rows))
+        write_text(table.with_suffix(".json"), json.dumps(rows, indent=2) + "\n")
         print(table)
 
 
