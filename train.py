@@ -223,11 +223,8 @@ def train(
 
 
 def resolve_auto(cfg: Config, device: torch.device) -> Config:
-    """What "auto" means on this device. A CPU takes bfloat16 if it has instructions for it."""
-    cpu = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.11
-    has_bfloat16 = device.type == "cuda" or cpu.get("avx512_bf16", False)
-    dtype = "bfloat16" if has_bfloat16 else "float32"
-    compiled = "on" if device.type == "cuda" else "off"
+    """What "auto" means on this device."""
+    dtype, compiled = ("bfloat16", "on") if device.type == "cuda" else ("float32", "off")
     return dataclasses.replace(
         cfg,
         dtype=dtype if cfg.dtype == "auto" else cfg.dtype,

@@ -110,7 +110,7 @@ class Config:
 
     # --- machine ------------------------------------------------------------
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: the GPU if there is one
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of autocast; auto: bfloat16 where fast
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of autocast; auto: bfloat16 on GPUs
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on GPUs
     checkpoint_every: int = 5000  # steps
     log_every: int = 20  # steps

@@ -30,7 +30,7 @@ def run(folder, *words) -> tuple[list[dict], dict]:
     folder.mkdir(exist_ok=True)
     cfg = parse([*SAME, "--out", str(folder), *map(str, words)])
     train_set = make_train_set(cfg)
-    checkpoint = run_folder.load_last(cfg, train_set) if cfg.resume else None
+    checkpoint, _ = run_folder.load_last(cfg) if cfg.resume else (None, None)
     state = train.make_state(cfg, len(train_set.class_names), torch.device("cpu"))
     if checkpoint:
         train.restore(state, checkpoint)

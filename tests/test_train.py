@@ -31,7 +31,7 @@ torch.set_num_threads(1)
 
 TRAIN = str(Path(__file__).parents[1] / "train.py")
 NETWORK = """--fpn-channels 64 --tower-convs 1 --mask-branch-channels 16 --mask-branch-convs 1
-    --device cpu --workers 0 --dtype float32""".split()
+    --device cpu --workers 0""".split()
 TINY = """--norm gn --mask-norm gn --shapes-size 64 --shapes-train 16 --shapes-val 3
     --train-sizes 64 --train-max-size 64 --test-size 64 --test-max-size 64 --teacher-size 0
     --batch-size 4 --steps 2 --log-every 1""".split()
