@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .config import from_dict
+from .config import Config, from_dict
 from .errors import UserError
 from .files import whole_file
 from .model import CondInst, build_model
@@ -78,9 +78,15 @@ def load_model(path: str | Path, device: str = "cpu") -> tuple[CondInst, list[st
     """The network of a checkpoint, the teacher where there is one, ready to predict; and the names
     of its classes."""
     state = load_checkpoint(path)
-    model = build_model(from_dict(state["config"], str(path)), len(state["class_names"]))
-    load_weights(model, state["teacher"] or state["student"], str(path))
-    return model.to(device).eval(), state["class_names"]
+    model = network_of(state, from_dict(state["config"], str(path)))
+    return model.to(device), state["class_names"]
+
+
+def network_of(state: Checkpoint, cfg: Config) -> CondInst:
+    """The teacher of a checkpoint, or the student where there is none, ready to predict."""
+    model = build_model(cfg, len(state["class_names"]))
+    load_weights(model, state["teacher"] or state["student"], str(state.path))
+    return model.eval()
 
 
 def _is_list_of(kind: type, value: Any) -> bool:

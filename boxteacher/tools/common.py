@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from boxteacher.checkpoint import load_checkpoint, load_weights
+from boxteacher.checkpoint import load_checkpoint, network_of
 from boxteacher.config import Config, from_dict, validate
 from boxteacher.distributed import init_distributed
-from boxteacher.model import CondInst, build_model
+from boxteacher.model import CondInst
 from boxteacher.transforms import View, resized_size
 
 
@@ -23,9 +23,7 @@ def load_network(path: str, given: dict[str, Any]) -> tuple[CondInst, dict[str, 
     device, state = init_distributed(given.get("device", "auto")), load_checkpoint(path)
     cfg = dataclasses.replace(from_dict(state["config"], path), **given)
     validate(dataclasses.replace(cfg, resume=False, init=path))  # the weights are there
-    model = build_model(cfg, len(state["class_names"]))
-    load_weights(model, state["teacher"] or state["student"], path)
-    return model.to(device).eval(), state
+    return network_of(state, cfg).to(device), state
 
 
 def test_view(size: tuple[int, int], cfg: Config) -> View:
