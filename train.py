@@ -8,6 +8,7 @@ state of a run, below them what makes it fast, checkpoints, evaluation and the p
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import sys
 import time
@@ -264,6 +265,8 @@ def compile_parts(network: CondInst, **options: Any) -> None:
     limit of 8 (student and teacher count together) and falls back to plain Python. `part.forward`
     is compiled, not `part`, because compiled modules would share one limit.
     """
+    # torch 2.11 writes hundreds of lines about sizes as symbols. They say nothing of use.
+    logging.getLogger("torch.utils._sympy.interp").setLevel(logging.ERROR)
     for part in (network.backbone, network.head, network.mask_branch):
         part.forward = torch.compile(part.forward, **options)
     network.loss_sums = torch.compile(network.loss_sums, **options)
@@ -361,6 +364,8 @@ def main() -> None:
         images = f"{len(train_set)} images{masks}"
         length = f"{images}, {cfg.steps} steps, learning rate {scaled_lr(cfg):g}"
         print(f"{cfg.mode}: {length}, to {out}", flush=True)
+        if cfg.compile == "on":
+            print("torch.compile is on: the first step can take minutes (or --compile off)", flush=True)
     with state.guard.signals as signals:
         tables = train(state, out, train_set, val_set)
         if distributed.is_main():

@@ -230,6 +230,24 @@ def test_a_report_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert ran == []
 
 
+def test_an_interrupted_report_has_the_job_that_ran(tmp_path, monkeypatch):
+    jobs = {"slow": "--only run --steps 100000", "other": "--only data"}
+    monkeypatch.setattr(benchmark_report, "JOBS", jobs)
+
+    class Interrupted(subprocess.Popen):
+        def wait(self, timeout: float | None = None) -> int:
+            if timeout is not None:  # as Ctrl-C does to the report while a job runs
+                raise KeyboardInterrupt
+            return super().wait()
+
+    monkeypatch.setattr(benchmark_report.subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.main(["--report", str(tmp_path)])
+    done = json.loads((tmp_path / "results.json").read_text())
+    assert {name: job["failure"] for name, job in done.items()} == {"slow": "interrupted"}
+    assert "Failed: interrupted" in (tmp_path / "report.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [

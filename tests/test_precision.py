@@ -57,6 +57,7 @@ def test_a_float32_step_has_the_digits_of_float32(device):
     batch = make_batch(cfg, device)
     single, double = make_states(cfg, device)
     tf32 = 100 if device == "cuda" else 1  # which keeps 10 bits of the mantissa, not 23
+    loss_error = 5e-4 if device == "cuda" else 5e-7  # TF32 rounds by 5e-4; 6e-5 on an H200
 
     outputs = []
     for state in (single, double):
@@ -72,7 +73,7 @@ def test_a_float32_step_has_the_digits_of_float32(device):
     before = copy.deepcopy(double.student.state_dict())
     (found, _), (expected, _) = (train.train_step(s, [batch]) for s in (single, double))
     for name, loss in expected.items():
-        assert found[name].item() == pytest.approx(loss.item(), rel=5e-7 * tf32), name
+        assert found[name].item() == pytest.approx(loss.item(), rel=loss_error), name
     moved = [
         torch.cat([(p.double() - before[n]).flatten() for n, p in s.student.named_parameters()])
         for s in (single, double)
