@@ -365,7 +365,10 @@ def main() -> None:
         length = f"{images}, {cfg.steps} steps, learning rate {scaled_lr(cfg):g}"
         print(f"{cfg.mode}: {length}, to {out}", flush=True)
         if cfg.compile == "on":
-            print("torch.compile is on: the first step can take minutes (or --compile off)", flush=True)
+            print(
+                "torch.compile is on: the first step can take minutes (or --compile off)",
+                flush=True,
+            )
     with state.guard.signals as signals:
         tables = train(state, out, train_set, val_set)
         if distributed.is_main():

@@ -35,7 +35,7 @@ PIXELS = {  # means (0..255) and deviations of the channels that a backbone's we
     "rgb": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
     "bgr": ((103.53, 116.28, 123.675), (1.0, 1.0, 1.0)),
 }
-MASK_CHUNK = 8  # masks made at a time: more would not fit a CPU's cache
+MASK_CELLS = 1 << 17  # of masks made at a time: more would not fit a CPU's cache
 
 Size = tuple[int, int]  # height, width
 LossSums = dict[str, tuple[Tensor, Tensor]]  # name: (sum over instances, what to divide it by)
@@ -249,12 +249,11 @@ class CondInst(nn.Module):
         if not is_useful.any():
             return None
         boxes, ious, scores = boxes[is_useful], ious[is_useful], found.scores[is_useful]
-        all_maps = self.mask_maps(encoded, n, found.location_index[is_useful])
         # Each is scored in its detection's box and sampled on the stride-4 grid.
-        parts, trust, masks = (boxes.split(MASK_CHUNK), scores.split(MASK_CHUNK)), [], []
-        for maps, *part in zip(all_maps, *parts, strict=True):
+        trust, masks = [], []
+        for part, maps in self.mask_maps(encoded, n, found.location_index[is_useful]):
             rows, columns = mask_head.pixel_positions(maps, seen_size, size)
-            trust.append(self.scores_in_boxes(maps, *part, rows, columns))
+            trust.append(self.scores_in_boxes(maps, boxes[part], scores[part], rows, columns))
             masks.append(mask_head.read_maps(maps, rows[2::4], columns[2::4]) > cfg.mask_threshold)
         trust = torch.cat(trust)
         assigned = assign_to_boxes(ious, trust, cfg.iou_threshold, cfg.score_threshold)
@@ -267,9 +266,10 @@ class CondInst(nn.Module):
         """Mask-aware scores [D] of detections: maps [D, H4, W4], boxes [D, 4], scores [D]. Of the
         image, whose pixels lie at rows [h] and columns [w] of the maps, only the boxes are read."""
         x1, y1, x2, y2 = boxes.long()[..., None].unbind(1)  # [D, 1]: first and last pixels
+        sides = torch.cat((y2 - y1, x2 - x1), dim=1).amax(0).tolist()
         windows, inside = [], []  # at the boxes' first pixels, all as large as the largest box
-        for positions, first, last in ((rows, y1, y2), (columns, x1, x2)):
-            pixels = first + torch.arange(int((last - first).max()) + 1, device=boxes.device)
+        for positions, first, last, side in ((rows, y1, y2, sides[0]), (columns, x1, x2, sides[1])):
+            pixels = first + torch.arange(side + 1, device=boxes.device)
             inside.append((pixels <= last) & (pixels < len(positions)))
             windows.append(positions[pixels.clamp(max=len(positions) - 1)])
         probs = mask_head.read_maps(maps, *windows)
@@ -298,7 +298,7 @@ class CondInst(nn.Module):
             boxes, is_box = scale_boxes(found.boxes, sizes[n], output_sizes[n])
             boxes, scores, index = boxes[is_box], found.scores[is_box], found.location_index[is_box]
             masks, means = [], []
-            for maps in self.mask_maps(encoded, n, index):
+            for _, maps in self.mask_maps(encoded, n, index):
                 positions = mask_head.pixel_positions(maps, sizes[n], output_sizes[n])
                 for probs, corner in mask_head.mask_windows(maps, *positions, 0.5):
                     mask = probs > 0.5
@@ -324,15 +324,19 @@ class CondInst(nn.Module):
         limit = self.cfg.max_detections
         return fcos.detect(encoded.predictions, encoded.locations, max_detections=limit)
 
-    def mask_maps(self, encoded: Encoded, n: int, index: Tensor) -> Iterator[Tensor]:
-        """Mask probabilities [d, H4, W4] of image n's locations index [D], MASK_CHUNK at a time."""
+    def mask_maps(self, encoded: Encoded, n: int, index: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Mask probabilities [d, H4, W4] of image n's locations index [D], some at a time: which of
+        the D, and their maps."""
         box_features = [level[n : n + 1] for level in encoded.predictions.box_features]
         predictions = encoded.predictions._replace(box_features=box_features)
         alone = Encoded(predictions, encoded.locations, encoded.mask_features[n : n + 1])
-        inputs = (x.split(MASK_CHUNK, dim=1) for x in self.mask_inputs(alone, index[None]))
-        for part in zip(*inputs, strict=True):
-            logits_s8 = mask_head.dynamic_mask_logits(alone.mask_features, *part)
-            yield mask_head.aligned_upsample(logits_s8, 2)[0].sigmoid()
+        inputs = self.mask_inputs(alone, index[None])
+        count = max(MASK_CELLS // (4 * alone.mask_features[0, 0].numel()), 8)
+        for start in range(0, len(index), count):
+            part = slice(start, start + count)
+            inputs_of_part = (x[:, part] for x in inputs)
+            logits_s8 = mask_head.dynamic_mask_logits(alone.mask_features, *inputs_of_part)
+            yield part, mask_head.aligned_upsample(logits_s8, 2)[0].sigmoid()
 
 
 # --- the losses, in the order of the story: FCOS, CondInst, BoxInst, BoxTeacher -------------------

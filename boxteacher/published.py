@@ -509,7 +509,7 @@ def masks_for_boxes_as_published(
     if not is_box.any():
         return None
     ious = box_iou(boxes[is_box], batch.boxes[n]).masked_fill(~batch.valid[n], -1)
-    maps = torch.cat([*teacher.mask_maps(encoded, n, found.location_index[is_box])])
+    maps = torch.cat([m for _, m in teacher.mask_maps(encoded, n, found.location_index[is_box])])
     rows, columns = pixel_positions(maps, seen_size, size)
     means = []
     for probs, _ in mask_windows(maps, rows, columns, cfg.mask_threshold):

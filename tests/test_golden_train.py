@@ -241,7 +241,9 @@ def test_detections_of_the_teacher(source):
         expected = torch.from_numpy(wanted["boxes"]).double()
         torch.testing.assert_close(boxes[index].double(), expected, atol=1e-4, rtol=0)
 
-        maps = torch.cat([*step.teacher.mask_maps(encoded, n, found.location_index[index])])
+        maps = torch.cat(
+            [m for _, m in step.teacher.mask_maps(encoded, n, found.location_index[index])]
+        )
         positions = pixel_positions(maps, resized, size)
         scores = step.teacher.scores_in_boxes(maps, boxes[index], found.scores[index], *positions)
         expected = torch.from_numpy(wanted["scores"]).double()

@@ -93,7 +93,7 @@ def test_windows_hold_the_values_of_whole_masks(model, batch):
     encoded, index = encode(model, batch), torch.arange(0, 160, 8)
     view = View((64, 64), (96, 96), (0, 0, 96, 96), flip=False)
     with torch.no_grad():
-        maps = torch.cat([*model.mask_maps(encoded, 0, index)])
+        maps = torch.cat([m for _, m in model.mask_maps(encoded, 0, index)])
     whole = whole_masks(model, encoded, batch, index.tolist())
     for mask_map, wanted in zip(maps, whole, strict=True):
         corners = torch.rand(2, 2) * 64

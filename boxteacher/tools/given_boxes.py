@@ -17,7 +17,7 @@ from torchvision.ops import box_iou, clip_boxes_to_image
 from boxteacher import mask_head
 from boxteacher.config import Config
 from boxteacher.fcos import Detections, assign_targets
-from boxteacher.model import MASK_CHUNK, CondInst, Encoded, Size
+from boxteacher.model import CondInst, Encoded, Size
 from boxteacher.pseudo_labels import assign_to_boxes, mask_aware_scores
 from boxteacher.tools.common import network_input, test_view
 from boxteacher.transforms import View
@@ -117,7 +117,7 @@ def look(
 
     # 3. Read the masks inside the boxes.
     masks, scores, threshold = [], quality[index].sqrt(), cfg.mask_threshold
-    for maps in model.mask_maps(encoded, 0, index):
+    for _, maps in model.mask_maps(encoded, 0, index):
         for mask_map in maps:
             g = len(masks)
             masks.append(read_window(mask_map, view, window(boxes[g], view.original)))
@@ -132,9 +132,8 @@ def detection_scores(
 ) -> Tensor:
     """Mask-aware scores [D]. Boxes are in pixels of `size`. The network sees `seen_size`."""
     aware = [found.scores[:0]]
-    parts = found.boxes.split(MASK_CHUNK), found.scores.split(MASK_CHUNK)
-    all_maps = model.mask_maps(encoded, 0, found.location_index)
-    for maps, boxes, scores in zip(all_maps, *parts, strict=True) if len(found.scores) else ():
+    for part, maps in model.mask_maps(encoded, 0, found.location_index):
+        boxes, scores = found.boxes[part], found.scores[part]
         positions = mask_head.pixel_positions(maps, seen_size, size)
         aware.append(model.scores_in_boxes(maps, boxes, scores, *positions))
     return torch.cat(aware)

@@ -68,7 +68,7 @@ def inspect_image(model: CondInst, batch: Batch, class_names: Sequence[str]) -> 
     scores, ious = detection_scores(model, encoded, found, *sizes), box_iou(found.boxes, boxes)
     assigned = assign_to_boxes(ious, scores, cfg.iou_threshold, cfg.score_threshold)
     best = scores.argsort(descending=True)[:MAX_CAPTIONS]  # the others would hide each other
-    maps = torch.cat([*model.mask_maps(encoded, 0, found.location_index[best])])
+    maps = torch.cat([m for _, m in model.mask_maps(encoded, 0, found.location_index[best])])
     probs = mask_head.read_maps(maps, *mask_head.pixel_positions(maps, *sizes))
 
     on_image = (..., slice(-(-height // 4)), slice(-(-width // 4)))
