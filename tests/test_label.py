@@ -497,7 +497,8 @@ def test_what_was_interrupted_goes_on(folder, monkeypatch, capsys, name, code):
     assert done.stderr == ("interrupted\n" if name == "SIGINT" else "")
     lines = folder / f"{name}.json.unfinished"
     assert not output.exists()
-    lines.write_bytes(lines.read_bytes() + b'{"image_id": 3, "rows": [{"id"')  # in a line
+    end = b'{"image_id": 3, "rows": [{"id"' if name == "SIGINT" else b"\0\0\n{}\n"  # a crash
+    lines.write_bytes(lines.read_bytes() + end)
     made, label_entry = [], label.label_entry
     monkeypatch.setattr(label, "label_entry", lambda *a: made.append(a[2]) or label_entry(*a))
     capsys.readouterr()

@@ -54,9 +54,13 @@ def lines_so_far(path: Path, settings: dict[str, str]) -> Iterator[dict[str, Any
             )
         length = file.tell()
         for line in file:
+            try:
+                content = json.loads(line)
+            except ValueError:
+                break
             if not line.endswith(b"\n"):
                 break
-            yield json.loads(line)
+            yield content
             length += len(line)
     os.truncate(path, length)
 
