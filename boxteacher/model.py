@@ -312,13 +312,10 @@ class CondInst(nn.Module):
     def predict_image(self, image: np.ndarray) -> Instances:
         """Detect in one image, uint8 RGB [h, w, 3], stretched and resized as for evaluation. The
         results are in the image's own pixels. Call `eval()` before."""
-        cfg, size = self.cfg, image.shape[:2]
-        image = stretch_contrast(image) if cfg.contrast == "stretch" else image
-        resized = resized_size(*size, cfg.test_size, cfg.test_max_size, cfg.test_scale)
-        view = View(size, resized, (0, 0, *resized), flip=False)
-        pixels = torch.tensor(view.image(image), device=self.pixel_mean.device).permute(2, 0, 1)
-        padded = F.pad(pixels, (0, -resized[1] % 32, 0, -resized[0] % 32))
-        return self.predict(padded[None], [resized], [size])[0]
+        image = stretch_contrast(image) if self.cfg.contrast == "stretch" else image
+        view = whole_view(image.shape[:2], self.cfg)
+        images = view.padded(image).to(self.pixel_mean.device)
+        return self.predict(images, [view.resized], [view.original])[0]
 
     def detect(self, encoded: Encoded) -> list[fcos.Detections]:
         limit = self.cfg.max_detections
@@ -417,6 +414,12 @@ def scale_boxes(boxes: Tensor, size: Size, output_size: Size) -> tuple[Tensor, T
     boxes = boxes * boxes.new_tensor([scale_x, scale_y, scale_x, scale_y])
     boxes = clip_boxes_to_image(boxes, output_size)
     return boxes, (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+
+
+def whole_view(size: Size, cfg: Config) -> View:
+    """An image of `size` as evaluation sees it."""
+    resized = resized_size(*size, cfg.test_size, cfg.test_max_size, cfg.test_scale)
+    return View(size, resized, (0, 0, *resized), flip=False)
 
 
 def resize_images(

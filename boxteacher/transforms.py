@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import torchvision.transforms.v2.functional as tvf
 from PIL import Image
 from pycocotools import mask as rle_codec
@@ -47,6 +48,12 @@ class View(NamedTuple):
         source = (left / x_scale, top / y_scale, right, bottom)
         view = Image.fromarray(pixels).resize((w, h), Image.Resampling.BILINEAR, source)
         return np.asarray(view)[:, ::-1] if self.flip else np.asarray(view)
+
+    def padded(self, pixels: np.ndarray) -> Tensor:
+        """What `image` gives, as the network takes it: uint8 [1, 3, H, W], with zeros up to
+        multiples of 32."""
+        image = torch.from_numpy(self.image(pixels).copy()).permute(2, 0, 1)
+        return F.pad(image, (0, -self.window[3] % 32, 0, -self.window[2] % 32))[None]
 
     def boxes(self, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """[G, 4] -> [G, 4] clipped to the view, and bool [G]: which to keep.

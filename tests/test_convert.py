@@ -164,7 +164,7 @@ def test_voc_boxes_only(voc, tmp_path, monkeypatch):
         (lambda root: (root / "JPEGImages/2007_2.jpg").unlink(), r"2007_2\.jpg cannot be read"),
         (
             lambda root: save(root / "SegmentationObject/2007_2.png", picture(40, 60)),
-            r"expected numbers of shape \(40, 60\)",
+            r"its image has \(40, 60\) pixels",
         ),
     ],
 )

@@ -18,10 +18,10 @@ from boxteacher.command_line import parse
 from boxteacher.config import ConfigError, to_json
 from boxteacher.data import collate, make_train_set
 from boxteacher.errors import UserError
-from boxteacher.model import PseudoMasks, build_model
+from boxteacher.model import build_model
 from boxteacher.shapes import CLASS_NAMES
 from boxteacher.tools import inspect, report, statistics
-from boxteacher.visualize import chart, instance_color, smooth, ticks
+from boxteacher.visualize import chart, smooth, ticks
 
 torch.set_num_threads(1)
 
@@ -65,23 +65,26 @@ def test_pictures_are_made_of_every_image(model, tmp_path, monkeypatch):
     run(monkeypatch, inspect, *words)
     pictures = [Image.open(path) for path in sorted((tmp_path / "out").iterdir())]
     assert len(pictures) == 3
-    assert all(picture.width > 3 * inspect.SIDE for picture in pictures)
-    assert all(picture.height > 2 * inspect.SIDE for picture in pictures)
+    assert all(picture.width > 4 * inspect.SIDE for picture in pictures)
+    assert all(picture.height > inspect.SIDE for picture in pictures)
 
 
-def test_the_pseudo_masks_are_those_of_the_teachers_step(model, batch, monkeypatch):
+def test_the_pseudo_masks_are_those_of_the_teachers_step(model, batch):
     """What is assigned in the picture is what has a weight in the step."""
-    calls, assignment = [], inspect.assignment
-    monkeypatch.setattr(inspect, "assignment", lambda *a: calls.append(a) or assignment(*a))
-    inspect.inspect_image(model, batch, CLASS_NAMES)
-    (_, filled, _, _, scores, assigned), *_ = calls
+    step = inspect.teacher_step(model, batch)
     pseudo = model.make_pseudo_masks(batch)
     weights = pseudo.weights[0, batch.valid[0]]
-    assert len(filled) == len(assigned) == len(weights)
-    assert any(d >= 0 for d in assigned)
-    for weight, detection in zip(weights.tolist(), assigned, strict=True):
-        wanted = scores[detection].item() if detection >= 0 else 0.0
+    assert torch.equal(step.pseudo.masks, pseudo.masks)
+    assert len(step.assigned) == len(weights)
+    assert any(d >= 0 for d in step.assigned)
+    assert {d for d in step.assigned if d >= 0} <= set(step.shown)
+    for g, (weight, detection) in enumerate(zip(weights.tolist(), step.assigned, strict=True)):
+        wanted = step.found.scores[detection].item() if detection >= 0 else 0.0
         assert weight == pytest.approx(wanted, abs=1e-5)
+        if detection >= 0:  # its mask, cut to the box, is the pseudo mask
+            mask = step.probs[step.shown.index(detection), 2::4, 2::4] > 0.5
+            box = losses.box_masks(batch.boxes[0, g], *pseudo.masks.shape[-2:])
+            assert torch.equal(mask & box, pseudo.masks[0, g])
 
 
 def test_pairs_inside_a_box_are_blue_and_those_across_its_edge_red():
@@ -106,24 +109,6 @@ def collate_like(image, boxes, valid):
     empty = torch.zeros(1, 8, dtype=torch.int64)
     sizes = [tuple(image.shape[-2:])]
     return Batch(image, sizes, boxes, empty, valid, boxes[..., :2], None, None, [0], [1])
-
-
-def test_affinities_part_pixels_at_the_outline_of_a_mask():
-    image = torch.full((3, 64, 64), 128, dtype=torch.uint8)
-    boxes = torch.zeros(1, 8, 4)
-    boxes[0, 0] = torch.tensor([0.0, 0, 63, 63])
-    masks = torch.zeros(1, 8, 16, 16, dtype=torch.bool)
-    masks[0, 0, :, :8] = True
-    weights = (torch.arange(8) == 0)[None].float()
-    batch = collate_like(image[None], boxes, weights > 0)
-    picture = np.array(inspect.affinities(image, batch, PseudoMasks(masks, weights), 0.5))
-    cells = picture[:: inspect.SIDE // 16, :: inspect.SIDE // 16][:16, :16].astype(int)
-    assert cells[8, 7].min() > cells[8, 2].min()  # whiter at the outline than inside
-    assert cells[8, 8].min() > cells[8, 13].min()
-    assert (
-        np.abs(cells[8, 2] - instance_color(0)).sum()
-        < np.abs(cells[8, 13] - instance_color(0)).sum()
-    )
 
 
 def test_options_of_inspect_that_do_not_go_together_are_refused(monkeypatch):

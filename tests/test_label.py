@@ -3,15 +3,18 @@
 import dataclasses
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from pycocotools.coco import COCO
 
 import train
-from boxteacher.checkpoint import save_checkpoint
+from boxteacher.checkpoint import load_checkpoint, save_checkpoint
 from boxteacher.coco import decode_mask
 from boxteacher.command_line import parse
 from boxteacher.config import ConfigError
@@ -23,6 +26,7 @@ from boxteacher.model import Encoded, build_model
 from boxteacher.tools import given_boxes, label, study
 from boxteacher.tools.given_boxes import Looks, label_image, window
 from boxteacher.transforms import View
+from boxteacher.visualize import instance_color
 
 torch.set_num_threads(1)
 # pycocotools under numpy 2
@@ -124,7 +128,7 @@ def test_scores_of_detections_are_those_of_whole_masks(model, batch):
     with torch.no_grad():
         detections = Detections(boxes, scores, torch.zeros_like(index), index)
         sizes = batch.sizes[0], (64, 64)
-        found = given_boxes.detection_scores(model, encoded, detections, *sizes)
+        found = given_boxes.detection_scores(model, encoded, 0, detections, *sizes)
     for k, probs in enumerate(whole_masks(model, encoded, batch, index.tolist())):
         inside = probs[box_masks(boxes[k], 64, 64, stride=1)]
         foreground = inside[inside > 0.5]
@@ -248,16 +252,18 @@ def test_with_flip_a_mirrored_image_has_the_mirrored_masks(model, pixels):
 def test_scales_are_looked_at_one_by_one_and_averaged(model, pixels):
     boxes = torch.tensor([[8.0, 8, 40, 40], [20, 30, 60, 62]])
     sides = [(96, 96), (144, 144)]
-    looks = [View((64, 64), side, (0, 0, *side), False) for side in sides]
-    found = [given_boxes.look(model, pixels, view, boxes) for view in looks]
+    looks = [(View((64, 64), side, (0, 0, *side), False), [0, 1]) for side in sides]
+    found = [[*zip(*given_boxes.look(model, pixels, [seen], boxes), strict=True)] for seen in looks]
     both = label_image(model, pixels, boxes, Looks(scales=(1.0, 1.5)))
     for g, mean in enumerate(both):
-        first, second = (maps[g] for maps, _, _ in found)
+        first, second = (maps[g] for _, maps, _, _ in found)
         assert not torch.equal(first, second)
         probs = (first + second) / 2
         wanted = probs > 0.5 if (probs > 0.5).any() else probs >= probs.max() / 2
         assert np.array_equal(mean.mask, wanted.numpy())
-        assert mean.score == pytest.approx(sum(scores[g] for _, scores, _ in found) / 2, abs=1e-6)
+        assert mean.score == pytest.approx(
+            sum(scores[g] for _, _, scores, _ in found) / 2, abs=1e-6
+        )
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -274,7 +280,26 @@ def test_zoom_shows_each_smaller_box_enlarged_and_whole(model, flip):
         assert max(width, height) == pytest.approx(60, abs=1.5)  # sizes are whole pixels
         wanted = (boxes[g, 2] - boxes[g, 0]) / (boxes[g, 3] - boxes[g, 1])
         assert width / height == pytest.approx(float(wanted), rel=0.06)
-        assert max(view.window[2:]) <= 2 * 60 + 1
+        assert view.window[2:] == (128, 128)  # 2 * 60, in steps of 32
+        assert min(view.window[:2]) >= 0
+        assert all(view.window[k] + 128 <= view.resized[k] for k in (0, 1))
+
+
+def test_crops_that_are_looked_at_together_have_the_masks_of_one_by_one(model, pixels, monkeypatch):
+    corners = torch.rand(30, 2, 2, generator=torch.Generator().manual_seed(0)) * 56
+    boxes = torch.cat([corners.amin(1), corners.amax(1) + 4], dim=1)
+    looks, lengths, look = Looks(flip=True, zoom=70.0), [], given_boxes.look
+    monkeypatch.setattr(given_boxes, "BATCH_PIXELS", 0)
+    alone = label_image(model, pixels, boxes, looks)
+    monkeypatch.setattr(given_boxes, "look", lambda *a: lengths.append(len(a[2])) or look(*a))
+    monkeypatch.setattr(given_boxes, "BATCH_PIXELS", 5 * 160**2)
+    together = label_image(model, pixels, boxes, looks)
+    assert 2 < max(lengths) <= 5 * 160**2 / 96**2
+    assert sum(lengths) == len([*given_boxes.views((64, 64), boxes, model.cfg, looks)])
+    for a, b in zip(alone, together, strict=True):
+        assert (a.mask == b.mask).mean() > 0.99
+        assert a.score == pytest.approx(b.score, abs=1e-3)
+        assert a.source == b.source
 
 
 def test_tiny_boxes_and_image_corners_can_be_zoomed(model, pixels):
@@ -393,8 +418,8 @@ def test_the_validation_set_is_compared_with_its_true_masks(folder, monkeypatch)
     run(monkeypatch, "--checkpoint", folder / "last.pt")
     content = json.loads((folder / "given_boxes.json").read_text())
     val_set = make_val_set(parse(WORDS))
-    assert content["num_boxes"] == len(val_set.coco["annotations"])
-    assert 0 < content["num_unclaimed"] < content["num_boxes"]
+    assert content["all"]["boxes"] == len(val_set.coco["annotations"])
+    assert 0 < content["unclaimed"]["boxes"] < content["all"]["boxes"]
     for part in ("all", "unclaimed"):
         assert content[part].keys() >= {"masks", "ellipse", "box"}
         assert 0 < content[part]["masks"]["mean_iou"] < 1
@@ -447,6 +472,64 @@ def test_polygons_are_the_same_masks_and_weak_ones_are_left_out(folder, monkeypa
             assert (api.annToMask(annotation) == decode_mask(code["segmentation"])).all()
 
 
+STOP_AFTER_TWO_IMAGES = """
+import os, signal, sys
+from boxteacher import errors
+from boxteacher.tools import label
+append_line, name = label.append_line, sys.argv.pop(1)
+def append_and_stop(path, line):
+    append_line(path, line)
+    if len(path.read_bytes().splitlines()) == 3:
+        os.kill(os.getpid(), getattr(signal, name))
+label.append_line = append_and_stop
+errors.run(label.main)
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGKILL", -9), ("SIGINT", 130)])
+def test_what_was_interrupted_goes_on(folder, monkeypatch, capsys, name, code):
+    run(monkeypatch, *options(folder))
+    output = folder / f"{name}.json"
+    words = [*options(folder), "--output", output]
+    command = [sys.executable, "-c", STOP_AFTER_TWO_IMAGES, name, *words]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert done.returncode == code
+    assert done.stderr == ("interrupted\n" if name == "SIGINT" else "")
+    lines = folder / f"{name}.json.unfinished"
+    assert not output.exists()
+    end = b'{"image_id": 3, "rows": [{"id"' if name == "SIGINT" else b"\0\0\n{}\n"  # a crash
+    lines.write_bytes(lines.read_bytes() + end)
+    made, label_entry = [], label.label_entry
+    monkeypatch.setattr(label, "label_entry", lambda *a: made.append(a[2]) or label_entry(*a))
+    capsys.readouterr()
+    other = folder / "other.pt"
+    save_checkpoint(other, load_checkpoint(folder / "last.pt") | {"step": 3})
+    with pytest.raises(ConfigError, match=r"holds results of other settings \(flip, weights\)"):
+        run(monkeypatch, *words, "--flip", "--checkpoint", other)
+    run(monkeypatch, *words)
+    assert "goes on after 2 of 4 images" in capsys.readouterr().err
+    assert len(made) == 2
+    assert output.read_bytes() == (folder / "masks.json").read_bytes()
+    assert not lines.exists()
+
+
+def test_a_picture_shows_boxes_masks_and_true_masks(folder, monkeypatch):
+    run(monkeypatch, *options(folder), "--draw", folder / "masks.png")
+    run(monkeypatch, "--checkpoint", folder / "last.pt", "--draw", folder / "val.jpg")
+    without, with_truth = (Image.open(folder / name) for name in ("masks.png", "val.jpg"))
+    assert with_truth.width > 1.4 * without.width  # three columns, and two
+    pixels = np.array(without).astype(int)
+    left, right = pixels[:, : without.width // 2], pixels[:, without.width // 2 :]
+    assert (left == instance_color(0)).all(-1).any()  # a box
+    assert not (right == instance_color(0)).all(-1).any()  # colors of masks are mixed with gray
+    with pytest.raises(ConfigError, match=r"ends in \.png or \.jpg"):
+        run(monkeypatch, *options(folder), "--draw", folder / "masks")
+
+
 def test_options_that_do_not_go_together_are_refused(folder, monkeypatch):
     with pytest.raises(ConfigError, match="give --boxes, --images and --output, or none"):
         run(monkeypatch, *options(folder)[:-2])
+    with pytest.raises(ConfigError, match="is a folder: give the file to write"):
+        run(monkeypatch, *options(folder), "--output", folder)
+    with pytest.raises(ConfigError, match="no validation set in the checkpoint"):
+        run(monkeypatch, "--checkpoint", folder / "last.pt", "--dataset", "coco", "--val-json=")

@@ -1,20 +1,22 @@
-"""What several tools share: a network and its input."""
+"""What several tools share: a checkpoint's network, and results that survive an interruption."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
 from boxteacher.checkpoint import load_checkpoint, network_of
-from boxteacher.config import Config, from_dict, validate
+from boxteacher.coco import explain
+from boxteacher.config import ConfigError, from_dict, validate
 from boxteacher.distributed import init_distributed
+from boxteacher.files import WriteError, write_text
 from boxteacher.model import CondInst
-from boxteacher.transforms import View, resized_size
 
 
 def load_network(path: str, given: dict[str, Any]) -> tuple[CondInst, dict[str, Any]]:
@@ -26,14 +28,46 @@ def load_network(path: str, given: dict[str, Any]) -> tuple[CondInst, dict[str, 
     return network_of(state, cfg).to(device), state
 
 
-def test_view(size: tuple[int, int], cfg: Config) -> View:
-    """An image of `size` (height, width) as evaluation sees it."""
-    resized = resized_size(*size, cfg.test_size, cfg.test_max_size, cfg.test_scale)
-    return View(size, resized, (0, 0, *resized), flip=False)
+# --- a file that grows by a line for each image ---------------------------------------------------
 
 
-def network_input(view: View, pixels: np.ndarray) -> Tensor:
-    """An image, uint8 RGB [h, w, 3], seen through a view: uint8 [1, 3, H, W], padded with zeros to
-    multiples of 32."""
-    image = torch.from_numpy(view.image(pixels).copy()).permute(2, 0, 1)
-    return F.pad(image, (0, -view.window[3] % 32, 0, -view.window[2] % 32))[None]
+def settings_of(args: argparse.Namespace, *ignored: str) -> dict[str, str]:
+    """All that the lines depend on: the options except those `ignored`, and the weights."""
+    ignored = {"checkpoint", "output", "device", "workers", *ignored}
+    settings = {k: str(v) for k, v in vars(args).items() if k not in ignored and v is not None}
+    return settings | {"weights": hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest()}
+
+
+def lines_so_far(path: Path, settings: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """The lines of JSON that an interrupted call with the same settings wrote. The first line of
+    the file are the settings. A file that is not there is begun. What follows the last whole line
+    is removed. Raises ConfigError if the settings are others."""
+    if not path.exists():
+        write_text(path, json.dumps(settings) + "\n")
+    with open(path, "rb") as file:
+        with explain(str(path), "remove it"):
+            before = dict(json.loads(file.readline()))
+        if others := sorted(k for k in before | settings if before.get(k) != settings.get(k)):
+            raise ConfigError(
+                f"{path}: holds results of other settings ({', '.join(others)}): give the same"
+                " settings to go on, or another --output, or remove it"
+            )
+        length = file.tell()
+        for line in file:
+            try:
+                content = json.loads(line)
+            except ValueError:
+                break
+            if not line.endswith(b"\n"):
+                break
+            yield content
+            length += len(line)
+    os.truncate(path, length)
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    try:
+        with open(path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError as error:
+        raise WriteError(path, error) from None

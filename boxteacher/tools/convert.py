@@ -29,6 +29,7 @@ from boxteacher import errors
 from boxteacher.coco import EXIF_ORIENTATION, DataError, check_coco, explain
 from boxteacher.command_line import Parser
 from boxteacher.config import ConfigError
+from boxteacher.files import write_text
 from boxteacher.tools.formats import ImageSet, read_cityscapes, read_dsb, read_voc
 from boxteacher.tools.yolo import read_yolo
 
@@ -71,14 +72,11 @@ def area_of(found: dict[str, Any], size: tuple[int, int]) -> float:
 
 def describe(path: Path, images: ImageSet, coco: dict[str, Any], left_out: Counter) -> str:
     """What a file holds, and for each class how many objects."""
-    annotations = coco["annotations"]
-    masks = sum("segmentation" in a for a in annotations)
-    crowds = sum(a["iscrowd"] for a in annotations)
-    lines = [
-        f"{path}: {len(coco['images'])} images in {images.folder}, {len(annotations)} objects,"
-        f" {masks} with a mask, {crowds} groups (crowds)"
-    ]
-    counts = Counter(a["category_id"] for a in annotations)
+    found = coco["annotations"]
+    masks, crowds = (sum(bool(a.get(k)) for a in found) for k in ("segmentation", "iscrowd"))
+    counts = Counter(a["category_id"] for a in found)
+    lines = [f"{path}: {len(coco['images'])} images in {images.folder}"]
+    lines += [f"  {len(found)} objects, {masks} with a mask, {crowds} groups (crowds)"]
     lines += [f"  {counts[number]:7} {name}" for number, name in images.classes.items()]
     lines += [f"  left out: {count} {what}" for what, count in left_out.items() if count]
     return "\n".join(lines)
@@ -112,11 +110,8 @@ def main() -> None:
             print(f"warning: {note}", file=sys.stderr)
         written[path] = json.dumps(coco)
         texts.append(describe(path, images, coco, left_out))
-    args.dest.mkdir(parents=True, exist_ok=True)
     for path, text in written.items():
-        unfinished = path.with_name(f".{path.name}.unfinished")
-        unfinished.write_text(text)
-        unfinished.replace(path)
+        write_text(path, text)
     print("\n".join(texts))
 
 

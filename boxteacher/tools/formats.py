@@ -59,12 +59,13 @@ def read_names(path: Path) -> list[str]:
     return [Path(line.split()[0]).stem for line in read_lines(path)]
 
 
-def read_map(path: Path, size: tuple[int, int]) -> np.ndarray:
-    """A picture of numbers, one for each pixel [h, w]. In memory column follows column, as RLE."""
+def read_map(path: Path, size: tuple[int, int], mode: str = "") -> np.ndarray:
+    """A picture of numbers, one for each pixel [h, w]. In memory column follows column, as RLE.
+    With a `mode`, it is converted to that mode of Pillow before."""
     with explain(str(path), "replace it"), Image.open(path) as image:
-        numbers = np.asfortranarray(image)
+        numbers = np.asfortranarray(image.convert(mode) if mode else image)
     if numbers.shape != size:
-        raise DataError(f"{path}: expected numbers of shape {size} (h, w), found {numbers.shape}")
+        raise DataError(f"{path}: its image has {size} pixels (h, w), it has {numbers.shape}")
     return numbers
 
 
@@ -196,12 +197,7 @@ def read_dsb_image(
     require(path.parents[1], "an image of the 2018 Data Science Bowl", ["masks"])
     objects = []
     for mask_path in sorted((path.parents[1] / "masks").glob("*.png")):
-        with explain(str(mask_path), "replace it"), Image.open(mask_path) as image:
-            mask = np.asarray(image.convert("L")) > 0
-        if mask.shape != size:
-            raise DataError(f"{mask_path}: its image has {size} pixels (h, w), it has {mask.shape}")
-        if mask.any():
-            objects.append(mask_object(1, mask))
-        else:
-            left_out["empty masks"] += 1
+        mask = read_map(mask_path, size, mode="L") > 0
+        objects += [mask_object(1, mask)] if mask.any() else []
+        left_out["empty masks"] += not mask.any()
     return objects, {}

@@ -5,8 +5,10 @@ G boxes · K masks · P locations · D detections · h, w pixels of an image
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,12 +19,14 @@ from torchvision.ops import box_iou, clip_boxes_to_image
 from boxteacher import mask_head
 from boxteacher.config import Config
 from boxteacher.fcos import Detections, assign_targets
-from boxteacher.model import CondInst, Encoded, Size
+from boxteacher.model import CondInst, Encoded, Size, whole_view
 from boxteacher.pseudo_labels import assign_to_boxes, mask_aware_scores
-from boxteacher.tools.common import network_input, test_view
 from boxteacher.transforms import View
 
-CONTEXT = 2.0  # side of the crop that --zoom looks at, in sides of the box
+CONTEXT = 2.0  # least side of the crop that --zoom looks at, in sides of the box
+BATCH_PIXELS = 2**18  # that the network sees at a time: about 16 crops of 128 by 128
+
+Seen = tuple[View, Sequence[int]]  # what the network looks at, and the boxes that it reads there
 
 
 class Looks(NamedTuple):
@@ -30,7 +34,7 @@ class Looks(NamedTuple):
 
     scales: Sequence[float] = (1.0,)  # of the test size
     flip: bool = False  # look at everything mirrored, too
-    zoom: float = 0.0  # smaller boxes are enlarged to so many pixels, one by one; 0: no
+    zoom: float = 0.0  # each smaller box is enlarged to so many pixels; 0: none
 
 
 class BoxMask(NamedTuple):
@@ -47,9 +51,8 @@ def label_image(model: CondInst, pixels: np.ndarray, boxes: Tensor, looks: Looks
     """
     sums, counts, scores = [0.0] * len(boxes), [0] * len(boxes), [0.0] * len(boxes)
     sources = ["location"] * len(boxes)
-    for view, chosen in views(pixels.shape[:2], boxes, model.cfg, looks):
-        found = look(model, pixels, view, boxes[chosen])
-        for g, probs, score, has_detection in zip(chosen, *found, strict=True):
+    for part in batches(views(pixels.shape[:2], boxes, model.cfg, looks)):
+        for g, probs, score, has_detection in look(model, pixels, part, boxes):
             sums[g], scores[g], counts[g] = sums[g] + probs, scores[g] + score, counts[g] + 1
             sources[g] = "detection" if has_detection else sources[g]
     masks = []
@@ -60,56 +63,84 @@ def label_image(model: CondInst, pixels: np.ndarray, boxes: Tensor, looks: Looks
     return masks
 
 
-def views(
-    size: Size, boxes: Tensor, cfg: Config, looks: Looks
-) -> Iterator[tuple[View, Sequence[int]]]:
-    """What the network looks at, and the boxes (their numbers) that it reads there."""
-    base, everything = test_view(size, cfg), []
+# --- what the network looks at --------------------------------------------------------------------
+
+
+def views(size: Size, boxes: Tensor, cfg: Config, looks: Looks) -> Iterator[Seen]:
+    """What the network looks at, and the boxes (their numbers) that it reads there. Crops have one
+    size, a multiple of 32, unless the enlarged image is smaller."""
+    base, everything, crop = whole_view(size, cfg), [], -(-int(CONTEXT * looks.zoom) // 32) * 32
     for scale in looks.scales:
         resized = tuple(max(round(scale * side), 1) for side in base.resized)
         everything.append((View(size, resized, (0, 0, *resized), False), range(len(boxes))))
     for g, (x1, y1, x2, y2) in enumerate(boxes.tolist()):
-        factor, reach = looks.zoom / max(x2 - x1, y2 - y1), looks.zoom * CONTEXT / 2
+        factor = looks.zoom / max(x2 - x1, y2 - y1)
         if factor > base.resized[0] / size[0]:
             resized = tuple(max(round(factor * side), 1) for side in size)
-            centers = factor * (y1 + y2) / 2, factor * (x1 + x2) / 2
-            first = [max(int(center - reach), 0) for center in centers]
-            ends = zip((math.ceil(center + reach) for center in centers), resized, strict=True)
-            sides = [max(min(end) - start, 1) for end, start in zip(ends, first, strict=True)]
-            everything.append((View(size, resized, (*first, *sides), False), [g]))
+            middle = factor * (y1 + y2) / 2, factor * (x1 + x2) / 2
+            top, left = (
+                max(min(round(center - crop / 2), side - crop), 0)
+                for center, side in zip(middle, resized, strict=True)
+            )
+            window = (top, left, min(crop, resized[0]), min(crop, resized[1]))
+            everything.append((View(size, resized, window, False), [g]))
     for view, chosen in everything:
         yield view, chosen
         if looks.flip:
             yield view._replace(flip=True), chosen
 
 
+def batches(seen: Iterable[Seen]) -> Iterator[list[Seen]]:
+    """Lists of views of one padded size, because padding counts in the head's GroupNorm: so a look
+    does not depend on the others. A list has BATCH_PIXELS at most, or one view."""
+    of_size = defaultdict(list)
+    for view, chosen in seen:
+        of_size[tuple(-(-side // 32) * 32 for side in view.window[2:])].append((view, chosen))
+    for (height, width), group in of_size.items():
+        count = max(BATCH_PIXELS // (height * width), 1)
+        yield from (group[start : start + count] for start in range(0, len(group), count))
+
+
+# --- what it reads there --------------------------------------------------------------------------
+
+
 @torch.no_grad()
 def look(
-    model: CondInst, pixels: np.ndarray, view: View, boxes: Tensor
+    model: CondInst, pixels: np.ndarray, seen: Sequence[Seen], boxes: Tensor
+) -> Iterator[tuple[int, Tensor, float, bool]]:
+    """For each box of each view: its number, its mask probabilities in the window of the box, its
+    score, and whether it has a detection. boxes [G, 4]. The views have one padded size."""
+    images = torch.cat([view.padded(pixels) for view, _ in seen]).to(boxes.device)
+    encoded = model.encode(model.normalize(images, [view.window[2:] for view, _ in seen]))
+    for n, found in enumerate(model.detect(encoded)):
+        view, chosen = seen[n]
+        read = read_boxes(model, encoded, n, found, view, boxes[chosen])
+        yield from zip(chosen, *read, strict=True)
+
+
+def read_boxes(
+    model: CondInst, encoded: Encoded, n: int, found: Detections, view: View, boxes: Tensor
 ) -> tuple[list[Tensor], list[float], list[bool]]:
-    """The mask probabilities of boxes [G, 4] in one view, each in the window of its box, their
+    """The mask probabilities of boxes [G, 4] in the nth view, each in the window of its box, their
     scores [G], and which boxes have a detection.
 
     Detections are assigned to boxes as in the teacher's step (BoxTeacher, section 3.2). A box
     without one is read at its `best_location`, and its score takes the mean inside the true box.
     """
     cfg, seen_size = model.cfg, view.window[2:]
-    images = network_input(view, pixels).to(boxes.device)
-    encoded = model.encode(model.normalize(images, [seen_size]))
     seen_boxes = torch.from_numpy(view.boxes(boxes.cpu().double().numpy())[0]).to(boxes)
 
     # 1. Detections near a box choose among the boxes.
-    (found,) = model.detect(encoded)
     found = found._replace(boxes=clip_boxes_to_image(found.boxes, seen_size))
     ious = box_iou(found.boxes, seen_boxes)  # [D, G]
     is_near = (ious >= cfg.iou_threshold).any(1)
     near = Detections(*(part[is_near] for part in found))
-    trust = detection_scores(model, encoded, near, seen_size, seen_size)
+    trust = detection_scores(model, encoded, n, near, seen_size, seen_size)
     assigned = assign_to_boxes(ious[is_near], trust, cfg.iou_threshold, cfg.score_threshold)
 
     # 2. Every box has a location to read its mask at.
-    class_probs = encoded.predictions.class_logits[0].sigmoid().amax(-1)
-    quality = class_probs * encoded.predictions.centerness_logits[0].sigmoid()  # [P]
+    class_probs = encoded.predictions.class_logits[n].sigmoid().amax(-1)
+    quality = class_probs * encoded.predictions.centerness_logits[n].sigmoid()  # [P]
     index = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
     for g, box in enumerate(seen_boxes):
         own = near.location_index[assigned[g]] if assigned[g] >= 0 else None
@@ -117,22 +148,21 @@ def look(
 
     # 3. Read the masks inside the boxes.
     masks, scores, threshold = [], quality[index].sqrt(), cfg.mask_threshold
-    for _, maps in model.mask_maps(encoded, 0, index):
-        for mask_map in maps:
-            g = len(masks)
-            masks.append(read_window(mask_map, view, window(boxes[g], view.original)))
-            inside = torch.ones_like(masks[g], dtype=torch.bool)
-            scores[g] = mask_aware_scores(masks[g][None], scores[g], inside, threshold)
-            scores[g] = trust[assigned[g]] if assigned[g] >= 0 else scores[g]
+    for mask_map in itertools.chain.from_iterable(m for _, m in model.mask_maps(encoded, n, index)):
+        g = len(masks)
+        masks.append(read_window(mask_map, view, window(boxes[g], view.original)))
+        inside = torch.ones_like(masks[g], dtype=torch.bool)
+        scores[g] = mask_aware_scores(masks[g][None], scores[g], inside, threshold)
+        scores[g] = trust[assigned[g]] if assigned[g] >= 0 else scores[g]
     return masks, scores.tolist(), (assigned >= 0).tolist()
 
 
 def detection_scores(
-    model: CondInst, encoded: Encoded, found: Detections, seen_size: Size, size: Size
+    model: CondInst, encoded: Encoded, n: int, found: Detections, seen_size: Size, size: Size
 ) -> Tensor:
-    """Mask-aware scores [D]. Boxes are in pixels of `size`. The network sees `seen_size`."""
+    """Mask-aware scores [D] in image n, as large as `seen_size`. Boxes are in pixels of `size`."""
     aware = [found.scores[:0]]
-    for part, maps in model.mask_maps(encoded, 0, found.location_index):
+    for part, maps in model.mask_maps(encoded, n, found.location_index):
         boxes, scores = found.boxes[part], found.scores[part]
         positions = mask_head.pixel_positions(maps, seen_size, size)
         aware.append(model.scores_in_boxes(maps, boxes, scores, *positions))

@@ -1,7 +1,7 @@
 """Masks for boxes: a trained model turns every box of a data set into a mask.
 
     python -m boxteacher.tools.label --checkpoint last.pt --boxes boxes.json --images DIR
-                                     --output masks.json
+                                     --output masks.json [--draw masks.jpg]
     python -m boxteacher.tools.label --checkpoint last.pt
 
 The first command copies boxes.json. Every annotation keeps its place and its fields, and gets
@@ -9,9 +9,13 @@ The first command copies boxes.json. Every annotation keeps its place and its fi
 detection claims. Crowds stay as they are. Classes do not matter. The second command labels the
 checkpoint's validation set and writes given_boxes.json next to it.
 
-Where there are true masks, both compare with them the new masks, filled boxes, ellipses and (if
-OpenCV is installed) GrabCut. --flip looks at everything mirrored, too. docs/tools.md says what
-that, --scales and --zoom bring and cost.
+An interrupted command goes on when it is given again. Until it is done, its results are in the file
+OUTPUT.unfinished, a line for each image.
+
+Where there are true masks, both commands compare with them the new masks, filled boxes, ellipses
+and (if OpenCV is installed) GrabCut. --flip looks at everything mirrored, too. docs/tools.md says
+what that, --scales and --zoom bring and cost. Fields of the configuration are options, too
+(--device cpu).
 """
 
 from __future__ import annotations
@@ -20,6 +24,8 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import hashlib
+import itertools
 import json
 import math
 import sys
@@ -29,42 +35,48 @@ from typing import Any
 
 import numpy as np
 import torch
-from pycocotools import mask as rle_tools
-from pycocotools.coco import COCO
+from PIL import Image
 from torch import Tensor
 
 from boxteacher import errors
-from boxteacher.coco import check_size, encode_mask, polygons
+from boxteacher.coco import check_size, decode_mask, encode_mask, polygons
+from boxteacher.coco_eval import box_baselines
 from boxteacher.command_line import Parser
 from boxteacher.config import ConfigError, from_word
 from boxteacher.data import CocoDataset, make_val_set
-from boxteacher.files import write_text
+from boxteacher.files import check_writable, write_text
 from boxteacher.model import CondInst
 from boxteacher.reporting import progress, say_notes
-from boxteacher.tools.common import load_network
+from boxteacher.tools.common import append_line, lines_so_far, load_network, settings_of
 from boxteacher.tools.given_boxes import Looks, label_image, window
+from boxteacher.transforms import resized_size
+from boxteacher.visualize import contact_sheet, draw_instances, sheet_side
 
 try:
     import cv2
 except ImportError:  # GrabCut is left out
     cv2 = None
 
+DRAWN = 3  # images in the picture of --draw
+
 # --- against true masks ---------------------------------------------------------------------------
 
 
 def box_guesses(pixels: np.ndarray, box: Tensor) -> dict[str, np.ndarray]:
-    """What a box [4] alone says of its mask, in its window: filled, its inscribed ellipse, and what
-    GrabCut (OpenCV) makes of it. A pixel belongs to the first two if its center does."""
+    """What a box [4] alone says of its mask, in its window: its inscribed ellipse, filled, and what
+    GrabCut (OpenCV) makes of it, which learns the background from a margin of half a box. Where
+    that leaves nothing, the ellipse stands in."""
     rows, columns = window(box, pixels.shape[:2])
+    height, width = rows.stop - rows.start, columns.stop - columns.start
     x1, y1, x2, y2 = box.tolist()
-    down = abs(np.arange(rows.start, rows.stop) + 0.5 - (y1 + y2) / 2) / ((y2 - y1) / 2)
-    across = abs(np.arange(columns.start, columns.stop) + 0.5 - (x1 + x2) / 2) / ((x2 - x1) / 2)
+    place = [x1 - columns.start, y1 - rows.start, x2 - x1, y2 - y1]
+    alone = {"images": [{"id": 0, "height": height, "width": width}]}
+    alone["annotations"] = [{"image_id": 0, "category_id": 0, "bbox": place}]
     guesses = {
-        "ellipse": np.hypot(down[:, None], across) <= 1,
-        "box": np.maximum(down[:, None], across) <= 1,
+        kind: decode_mask(box_baselines(alone, kind)[0]["segmentation"])
+        for kind in ("ellipse", "box")
     }
-    if cv2 is not None:  # it learns the background from a margin of half a box
-        height, width = guesses["box"].shape
+    if cv2 is not None:
         top, left = max(rows.start - height // 2 - 2, 0), max(columns.start - width // 2 - 2, 0)
         part = pixels[top : rows.stop + height // 2 + 2, left : columns.stop + width // 2 + 2]
         labels = np.full(part.shape[:2], cv2.GC_BGD, dtype=np.uint8)
@@ -73,11 +85,12 @@ def box_guesses(pixels: np.ndarray, box: Tensor) -> dict[str, np.ndarray]:
         cv2.setRNGSeed(0)
         with contextlib.suppress(cv2.error):  # raised if the box is all of the image
             cv2.grabCut(part.copy(), labels, None, *models, 5, cv2.GC_INIT_WITH_MASK)
-        guesses["grabcut"] = inner % 2 == 1  # sure or probable foreground
+        found = inner % 2 == 1  # sure or probable foreground, often nothing
+        guesses["grabcut"] = found if found.any() else guesses["ellipse"]
     return guesses
 
 
-def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+def summary(rows: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
     """From the IoUs of each box, by kind of mask, their mean and the shares over 0.5 and 0.75."""
     table = {}
     for kind in rows[0] if rows else ():
@@ -90,36 +103,66 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 # --- a data set -----------------------------------------------------------------------------------
 
 
+def label_entry(
+    model: CondInst, data: CocoDataset, index: int, looks: Looks, as_polygons: bool
+) -> list[dict[str, Any]]:
+    """For each box of an image: its annotation's `id`, the new `fields`, and the `ious` of several
+    kinds of masks with the true mask, where that is known."""
+    entry, rows = data.entry(index), []
+    pixels, size = data.load_image(entry), (entry["height"], entry["width"])
+    check_size(pixels, entry, data.name)
+    boxes = torch.from_numpy(data.boxes[index]).float().to(model.pixel_mean.device)
+    masks, true_masks = label_image(model, pixels, boxes, looks), data.true_masks(index, size)
+    numbers = data.annotation_ids[index].tolist()
+    for number, box, found, true in zip(numbers, boxes, masks, true_masks, strict=True):
+        spans, true, ious = window(box, size), true.numpy(), {}
+        corner = tuple(span.start for span in spans)
+        code = polygons(found.mask, *corner) if as_polygons else None
+        code = code or encode_mask(found.mask, corner, size)
+        fields = {"segmentation": code, "score": found.score, "mask_source": found.source}
+        if true.any():
+            for kind, mask in {"masks": found.mask, **box_guesses(pixels, box)}.items():
+                common = int((mask & true[spans]).sum())
+                ious[kind] = common / (int(mask.sum()) + int(true.sum()) - common)
+        rows.append({"id": number, "fields": fields, "ious": ious})
+    return rows
+
+
 def label_dataset(
-    model: CondInst, data: CocoDataset, looks: Looks, as_polygons: bool
-) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, float]]]:
-    """By annotation id the new fields, and the IoUs of several kinds of masks where the true mask
-    is known. Crowds get none."""
-    fields, ious, api, device = {}, {}, COCO(), model.pixel_mean.device
-    api.imgs = {image["id"]: image for image in data.coco["images"]}
-    given = {annotation["id"]: annotation for annotation in data.coco["annotations"]}
-    for index in progress(range(len(data)), "label", len(data)):
-        entry, ids = data.entry(index), data.annotation_ids[index].tolist()
-        if not ids:
-            continue
-        pixels, size = data.load_image(entry), (entry["height"], entry["width"])
-        check_size(pixels, entry, data.name)
-        boxes = torch.from_numpy(data.boxes[index]).float().to(device)
-        masks = label_image(model.eval(), pixels, boxes, looks)
-        for number, box, found in zip(ids, boxes, masks, strict=True):
-            corner = tuple(span.start for span in window(box, size))
-            shape = polygons(found.mask, *corner) if as_polygons else None
-            fields[number] = {
-                "segmentation": shape or encode_mask(found.mask, corner, size),
-                "score": found.score,
-                "mask_source": found.source,
-            }
-            if given[number].get("segmentation"):
-                guesses = {"masks": found.mask, **box_guesses(pixels, box)}
-                codes = [encode_mask(guess, corner, size) for guess in guesses.values()]
-                overlaps = rle_tools.iou(codes, [api.annToRLE(given[number])], [0])[:, 0]
-                ious[number] = dict(zip(guesses, overlaps.tolist(), strict=True))
-    return fields, ious
+    model: CondInst, data: CocoDataset, looks: Looks, as_polygons: bool, lines: Path, settings: dict
+) -> list[dict[str, Any]]:
+    """The rows of all boxes but crowds. Each image's become a line of the file `lines`, and what
+    an interrupted call has left there is not made again."""
+    rows = {line["image_id"]: line["rows"] for line in lines_so_far(lines, settings)}
+    todo = [index for index in range(len(data)) if int(data.image_ids[index]) not in rows]
+    if rows:
+        print(f"goes on after {len(rows)} of {len(data)} images", file=sys.stderr)
+    for index in progress(todo, "label", len(todo)):
+        image_id = int(data.image_ids[index])
+        rows[image_id] = label_entry(model, data, index, looks, as_polygons)
+        append_line(lines, {"image_id": image_id, "rows": rows[image_id]})
+    return list(itertools.chain.from_iterable(rows.values()))
+
+
+def draw_sheet(data: CocoDataset, sets_of_masks: dict[str, CocoDataset]) -> Image.Image:
+    """Some images, spread over the set: their boxes, and their masks in the other sets."""
+    chosen = [index for index, boxes in enumerate(data.boxes) if len(boxes)]
+    chosen = chosen[:: max(len(chosen) // DRAWN, 1)][:DRAWN]
+    sizes, titles = data.sizes[chosen].tolist(), ["boxes", *sets_of_masks]
+    side = sheet_side([height / max(height, width) for height, width in sizes], len(titles))
+    rows = []
+    for index, size in zip(chosen, sizes, strict=True):
+        options = {"class_names": data.class_names, "side": side}
+        draw = functools.partial(draw_instances, data.load_image(data.entry(index)), **options)
+        fine = resized_size(*size, 0, 2 * side, factor=1)
+        row, labels = [draw(data.boxes[index], None, data.labels[index])], data.labels[index]
+        for masks in sets_of_masks.values():
+            row.append(draw(None, torch.stack([*masks.true_masks(index, fine)]), labels))
+        rows.append(row)
+    return contact_sheet(rows, titles, f"{len(rows)} of {len(data)} images.", side)
+
+
+# --- the program ----------------------------------------------------------------------------------
 
 
 def read_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any], Looks]:
@@ -129,6 +172,7 @@ def read_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, A
     add("--boxes", metavar="FILE", help="JSON in COCO's format (default: the validation set)")
     add("--images", metavar="DIR", help="the folder of its images")
     add("--output", metavar="FILE", help="the file to write")
+    add("--draw", metavar="FILE", help="a picture of some images with boxes and masks")
     add("--polygons", action="store_true", help="write polygons, not run-length codes")
     add("--min-score", type=float, default=0.0, metavar="S", help="masks below get left out")
     scales = functools.partial(from_word, "train_scales")  # a list of numbers, too
@@ -140,6 +184,8 @@ def read_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, A
         raise ConfigError("give --boxes, --images and --output, or none of them")
     if not args.scales or min(args.scales) <= 0 or not 0 <= args.zoom < math.inf:
         raise ConfigError("scales: give one or more factors above 0, and zoom: 0 or more pixels")
+    if args.draw and not args.draw.lower().endswith((".png", ".jpg")):
+        raise ConfigError(f"draw: {args.draw}: give a name that ends in .png or .jpg")
     return args, given, Looks(args.scales, given.pop("flip", False), args.zoom)
 
 
@@ -150,29 +196,45 @@ def main() -> None:
     if args.boxes:
         files = dict(val_json=args.boxes, val_images=args.images)
         cfg = dataclasses.replace(cfg, dataset="coco", **files)
-    dataset = make_val_set(cfg)
-    say_notes(dataset.notes)
-    fields, ious = label_dataset(model, dataset, looks, args.polygons)
-
-    located = {i for i, of_box in fields.items() if of_box["mask_source"] == "location"}
-    content: dict[str, Any] = {"num_boxes": len(fields), "num_unclaimed": len(located)}
-    content["all"] = summary([*ious.values()])
-    content["unclaimed"] = summary([row for i, row in ious.items() if i in located])
-    for kind, row in content["all"].items():
-        shown = "".join(f"  {name} {value:.3f}" for name, value in row.items())
-        print(f"{kind:<8}{shown}")
-    print(json.dumps(content))
-    if args.boxes:
-        labeled = [a | fields.get(a["id"], {}) for a in dataset.coco["annotations"]]
-        content = dataset.coco | {"annotations": labeled}
-        weak = {i for i, of_box in fields.items() if of_box["score"] < args.min_score}
-        for annotation in content["annotations"]:
-            if annotation["id"] in weak:
-                del annotation["segmentation"]
-        if args.min_score:
-            print(f"{len(weak)} of {len(fields)} boxes got no mask: score below {args.min_score}")
+    elif cfg.dataset == "coco" and not cfg.val_json:
+        raise ConfigError("no validation set in the checkpoint: give --boxes, --images, --output")
     output = Path(args.output or Path(args.checkpoint).with_name("given_boxes.json"))
-    write_text(output, json.dumps(content))
+    if output.is_dir():
+        raise ConfigError(f"output: {output} is a folder: give the file to write")
+    data = make_val_set(cfg)
+    say_notes(data.notes)
+    lines = output.with_name(f"{output.name}.unfinished")
+    settings = settings_of(args, "boxes", "draw", "min_score")
+    settings["data"] = hashlib.sha256(json.dumps(data.coco).encode()).hexdigest()
+    if args.draw:
+        check_writable(Path(args.draw))
+    rows = label_dataset(model, data, looks, args.polygons, lines, settings)
+
+    fields = {row["id"]: row["fields"] for row in rows}
+    parts = {"all": rows}
+    parts["unclaimed"] = [row for row in rows if row["fields"]["mask_source"] == "location"]
+    content: dict[str, Any] = {}
+    for name, part in parts.items():
+        table = summary([row["ious"] for row in part if row["ious"]])
+        content[name] = {"boxes": len(part)} | table
+        print(f"{name}: {len(part)} boxes" + "  mean IoU  over .5  over .75" * bool(table))
+        for kind, values in table.items():
+            print(f"  {kind:<16}" + "".join(f"  {value:.3f}" for value in values.values()))
+
+    labeled = [a | fields.get(a["id"], {}) for a in data.coco["annotations"]]
+    weak = {i for i, of_box in fields.items() if of_box["score"] < args.min_score}
+    for annotation in labeled:
+        if annotation["id"] in weak:
+            del annotation["segmentation"]
+    if args.min_score:
+        print(f"{len(weak)} of {len(fields)} boxes got no mask: score below {args.min_score}")
+    labeled = data.coco | {"annotations": labeled}
+    if args.draw:
+        shown = {"masks": CocoDataset(labeled, data.load_image, data.geometry, False)}
+        shown |= {"true masks": data} if "masks" in content["all"] else {}
+        draw_sheet(data, shown).save(args.draw, quality=85)
+    write_text(output, json.dumps(labeled if args.boxes else content))
+    lines.unlink()
     print(output)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,11 @@ from boxteacher.coco_eval import COLUMNS
 from boxteacher.command_line import Parser
 from boxteacher.config import FIELDS
 from boxteacher.files import write_text
+from boxteacher.reporting import read_lines
 from boxteacher.visualize import Points, chart
 
 COLORS = ("#1b6ca8", "#d1495b", "#2e933c", "#8f5db7", "#c77800", "#00868b", "#7a4b3a", "#555555")
+KINDS = {"segm": "mask", "bbox": "box"}
 FLYWHEEL = {
     "pseudo_mask_iou": "IoU of pseudo masks with true masks",
     "mask_aware_score": "mask-aware score of pseudo masks",
@@ -36,12 +38,10 @@ OTHER = {
     "images_per_s": "images per second",
 }
 NOT_LOSSES = {"step", "loss", "pseudo_masks_per_image", "lost_side", *FLYWHEEL, *OTHER}
+NOT_LOSSES |= {"evaluation", "evaluation_s"}
 STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #222; margin: 2em auto; max-width: 1280px;
-       padding: 0 1em }
-h2 { margin-top: 2em; border-bottom: 1px solid #ccc }
-.charts { display: flex; flex-wrap: wrap; gap: 12px }
-.scroll { overflow-x: auto }
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1280px; padding: 0 1em }
+.charts { display: flex; flex-wrap: wrap; gap: 12px } .scroll { overflow-x: auto }
 table { border-collapse: collapse } td, th { padding: 3px 10px; border-bottom: 1px solid #ddd }
 td { text-align: right; white-space: nowrap } th { text-align: left }
 svg text { font: 11px system-ui, sans-serif; fill: #444 } svg .title { font-size: 13px; fill: #000 }
@@ -53,34 +53,30 @@ class Run:
     """What a run's folder says."""
 
     def __init__(self, folder: Path, name: str, color: str) -> None:
-        self.folder, self.name, self.color = folder, name, color
+        self.name, self.color, self.sheet = name, color, folder / "contact_sheet.png"
         self.key = f'<span class="key" style="background:{color}"></span>{escape(name)}'
+        given = folder / "given_boxes.json"  # written by boxteacher.tools.label
         try:
             self.config = json.loads((folder / "config.json").read_text())
-            texts = (folder / "metrics.jsonl").read_text().splitlines()
+            given = json.loads(given.read_text()) if given.exists() else {}
         except (OSError, ValueError) as error:
             raise errors.UserError(f"{folder}: not the folder of a run ({error})") from None
-        self.lines = []
-        for text in texts:
-            try:
-                self.lines.append(json.loads(text))
-            except ValueError:
-                continue  # cut off by a crash
-        self.tables = [line for line in self.lines if "evaluation" in line]
-        self.steps = [line for line in self.lines if "evaluation" not in line]
-        given = folder / "given_boxes.json"  # written by boxteacher.tools.label
-        self.given = json.loads(given.read_text())["all"].get("masks", {}) if given.exists() else {}
+        self.given = given.get("all", {}).get("masks", {})
+        self.lines = read_lines(folder / "metrics.jsonl")
 
-    def curve(self, name: str) -> Points:
-        found = ((line["step"], line.get(name)) for line in self.steps)
-        return [(step, value) for step, value in found if value is not None]
+    def curve(self, *path: str) -> Points:
+        """Steps and values of a figure: "loss", or "evaluation", "segm", "AP"."""
+        points = []
+        for line in self.lines:
+            value: Any = line
+            for key in path:
+                value = (value or {}).get(key)
+            points += [(line["step"], value)] if value is not None else []
+        return points
 
-    def ap(self, kind: str, metric: str) -> Points:
-        found = ((t["step"], t["evaluation"].get(kind, {}).get(metric)) for t in self.tables)
-        return [(step, value) for step, value in found if value is not None]
-
-    def last(self) -> dict[str, Any]:
-        return self.tables[-1]["evaluation"] if self.tables else {}
+    def last(self, *path: str, digits: int = 1) -> str:
+        points = self.curve(*path)
+        return f"{points[-1][1]:.{digits}f}" if points else "-"
 
 
 # --- pieces of the page ---------------------------------------------------------------------------
@@ -94,74 +90,56 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return '<div class="scroll"><table>' + "\n".join(lines) + "</table></div>"
 
 
-def shown(value: float | None, digits: int = 1) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def charts(runs: Sequence[Run], titles: dict[str, str], read: Callable[[Run, str], Points]) -> str:
-    all_charts = (
-        chart(title, {run.name: (run.color, read(run, name)) for run in runs})
-        for name, title in titles.items()
-    )
-    return '<div class="charts">' + "\n".join(all_charts) + "</div>"
-
-
-# --- the page -------------------------------------------------------------------------------------
+def charts(runs: Sequence[Run], titles: dict[str, str], *path: str) -> str:
+    """A chart for each figure by its title. `path` leads to the figures."""
+    curves = {
+        title: {run.name: (run.color, run.curve(*path, figure)) for run in runs}
+        for figure, title in titles.items()
+    }
+    return '<div class="charts">' + "\n".join(map(chart, curves, curves.values())) + "</div>"
 
 
 def page(runs: Sequence[Run]) -> str:
-    parts = ["<h1>Training runs</h1>"]
-
     # Results side by side, and what the runs do not share.
-    kinds = {"segm": "mask", "bbox": "box"}
-    heads = ["run", "mode", "steps", *(f"{k} {m}" for k in kinds.values() for m in COLUMNS["coco"])]
+    columns = [(kind, metric) for kind in KINDS for metric in COLUMNS["coco"]]
+    heads = ["run", "mode", "steps", *(f"{KINDS[kind]} {metric}" for kind, metric in columns)]
     heads += ["given boxes: mean IoU", "over 0.75", "images/s"]
     rows = []
     for run in runs:
-        speeds = sorted(value for _, value in run.curve("images_per_s"))
-        done = run.lines[-1]["step"] if run.lines else 0
-        rows.append(
-            [
-                run.key,
-                escape(run.config["mode"]),
-                f"{done} of {run.config['steps']}",
-                *(shown(run.last().get(k, {}).get(m)) for k in kinds for m in COLUMNS["coco"]),
-                shown(run.given.get("mean_iou"), 3),
-                shown(run.given.get("over_75"), 3),
-                shown(speeds[len(speeds) // 2] if speeds else None),
-            ]
-        )
-    parts += ["<h2>Results</h2><p>AP, 0 to 100, of the last evaluation.</p>", table(heads, rows)]
+        row = [run.key, escape(run.config["mode"])]
+        row.append(f"{run.last('step', digits=0)} of {run.config['steps']}")
+        row += [run.last("evaluation", *column) for column in columns]
+        row += [f"{run.given[k]:.3f}" if k in run.given else "-" for k in ("mean_iou", "over_75")]
+        rows.append([*row, run.last("images_per_s")])
+    parts = ["<h1>Training runs</h1><h2>Results</h2>", table(heads, rows)]
+    parts.append("<p>AP, 0 to 100, of the last evaluation.</p>")
     words = {f: [str(run.config.get(f, "")).strip("[]") for run in runs] for f in FIELDS}
-    differing = [f for f in FIELDS if len(set(words[f])) > 1 and f != "out"]
-    if differing:
-        rows = [[escape(f), *(escape(word) for word in words[f])] for f in differing]
+    rows = [map(escape, (f, *words[f])) for f in FIELDS if len({*words[f]}) > 1 and f != "out"]
+    if rows:
         parts += ["<h2>Settings that differ</h2>", table(["field", *(r.key for r in runs)], rows)]
 
     # Curves.
-    aps = {"AP": "mask AP", "AP50": "mask AP50", "AP75": "mask AP75"}
-    parts += ["<h2>Evaluations</h2>", charts(runs, aps, lambda run, m: run.ap("segm", m))]
-    parts.append(charts(runs, {"AP": "box AP"}, lambda run, m: run.ap("bbox", m)))
-    parts += ["<h2>Pseudo masks over time</h2>", charts(runs, FLYWHEEL, Run.curve)]
-    names = {name: name for run in runs for line in run.steps for name in line}
+    parts.append("<h2>Evaluations</h2>")
+    for kind, what in KINDS.items():
+        aps = {metric: f"{what} {metric}" for metric in ("AP", "AP50", "AP75")}
+        parts.append(charts(runs, aps, "evaluation", kind))
+    parts += ["<h2>Pseudo masks over time</h2>", charts(runs, FLYWHEEL)]
+    names = dict.fromkeys(name for run in runs for line in run.lines for name in line)
     losses = {name: f"loss: {name}" for name in names if name not in NOT_LOSSES}
-    losses = {"loss": "loss, all together"} | losses
-    parts += ["<h2>Losses</h2>", charts(runs, losses, Run.curve)]
-    parts += ["<h2>Other measurements</h2>", charts(runs, OTHER, Run.curve)]
+    parts += ["<h2>Losses</h2>", charts(runs, {"loss": "loss, all together"} | losses)]
+    parts += ["<h2>Other measurements</h2>", charts(runs, OTHER)]
 
     # Classes and pictures.
-    classes = {c: c for run in runs for table in run.last().values() for c in table["per_class"]}
+    tables = [t for run in runs for line in run.lines for t in line.get("evaluation", {}).values()]
+    classes = dict.fromkeys(name for found in tables for name in found["per_class"])
     if len(classes) > 1:
-        heads = ["class", *(f"{run.key}, {kind}" for run in runs for kind in kinds.values())]
-        rows = []
-        for name in classes:
-            cells = (run.last().get(k, {}).get("per_class", {}) for run in runs for k in kinds)
-            rows.append([escape(name), *(shown(of_class.get(name)) for of_class in cells)])
+        heads = ["class", *(f"{run.key}, {what}" for run in runs for what in KINDS.values())]
+        pairs = [(run, "evaluation", kind, "per_class") for run in runs for kind in KINDS]
+        rows = [[escape(c), *(run.last(*path, c) for run, *path in pairs)] for c in classes]
         parts += ["<h2>AP of each class</h2>", table(heads, rows)]
     for run in runs:
-        sheet = run.folder / "contact_sheet.png"
-        if sheet.exists():
-            data = base64.b64encode(sheet.read_bytes()).decode()
+        if run.sheet.exists():
+            data = base64.b64encode(run.sheet.read_bytes()).decode()
             image = f'<img alt="contact sheet" src="data:image/png;base64,{data}">'
             parts.append(f"<h2>{run.key}: contact sheet</h2>{image}")
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
@@ -175,11 +153,12 @@ def main() -> None:
     default = Path("report.html")
     parser.add_argument("--output", type=Path, default=default, metavar="FILE", help=str(default))
     args, _ = parser.read(sys.argv[1:])
-    runs = []
-    for number, folder in enumerate(args.runs):
-        is_unique = sum(other.name == folder.name for other in args.runs) == 1
-        name = folder.name if is_unique else str(folder)
-        runs.append(Run(folder, name, COLORS[number % len(COLORS)]))
+    names = [folder.name for folder in args.runs]
+    names = [n if names.count(n) == 1 else str(args.runs[k]) for k, n in enumerate(names)]
+    runs = [
+        Run(folder, name, COLORS[number % len(COLORS)])
+        for number, (folder, name) in enumerate(zip(args.runs, names, strict=True))
+    ]
     write_text(args.output, page(runs))
     print(args.output)
 

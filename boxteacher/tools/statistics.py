@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -19,16 +22,10 @@ ROWS = {  # names in the JSON line and what they are, in percent; all but the fi
     "wrong_pulls": "of all pairs that pull (look alike), pull wrongly (leaks)",
     "leaky_objects": f"objects with over {LEAKY:.0%} leaks (share of their crossing pairs)",
 }
-
-
-# What photographs have, and what to do if a figure is above it. COCO's figures are 9, 1.8 and 3.4.
-ADVICE = {
+ADVICE = {  # the most that photographs have (COCO: 9, 1.8, 3.4), and what to do if it is more
     "leaks": (20, "outlines are hard to see in the colors: a higher --color-threshold helps"),
     "wrong_pulls": (10, "many pairs pull masks over their outlines: masks will be too large"),
-    "leaky_objects": (
-        15,
-        "colors do not show these objects: some true masks would help (--use-masks)",
-    ),
+    "leaky_objects": (15, "colors do not show these objects: give some true masks (--use-masks)"),
 }
 
 
@@ -67,7 +64,7 @@ def pair_shares(counts: Tensor, has_mask: Tensor) -> dict[str, float]:
     return {name: round(100 * float(share), 3) for name, share in zip(ROWS, shares, strict=False)}
 
 
-def statistics(data: CocoDataset, images: int, threshold: float) -> dict[str, object]:
+def statistics(data: CocoDataset, images: int, threshold: float) -> dict[str, Any]:
     """Sizes (5 %, median, 95 %) and ROWS of `images` images, spread evenly over the set."""
     chosen = np.unique(np.linspace(0, len(data) - 1, images).astype(int)).tolist()
     batches = [collate([data[index]]) for index in chosen]
@@ -84,27 +81,41 @@ def statistics(data: CocoDataset, images: int, threshold: float) -> dict[str, ob
     return {"images": len(batches), "objects": len(boxes)} | spread | pair_shares(counts, has_mask)
 
 
-def advice(found: dict[str, object], cfg: Config) -> list[str]:
+def advice(found: dict[str, Any], cfg: Config) -> list[str]:
     """One line for each figure that is outside of what photographs have."""
-    lines = []
-    for name, (most, text) in ADVICE.items():
-        if found.get(name, 0) > most:
-            lines.append(f"{name} is {found[name]:.1f} % (photographs: under {most}): {text}")
-    alike = found["alike_in_box"]
-    if alike < 10:
-        lines.append(f"alike_in_box is {alike:.1f} % (photographs: 30): lower --color-threshold")
-    if alike > 60:
-        text = "raise --color-threshold, or stretch dark images (--contrast stretch)"
-        lines.append(f"alike_in_box is {alike:.1f} % (photographs: 30): {text}")
     small, middle, _ = found["longer_sides_of_boxes"]
-    if small < 12:
-        text = f"masks have a grid of 4 pixels: images {16 / max(small, 1):.1f} times as large help"
-        lines.append(f"5 % of the boxes have a longer side under {small:.0f} pixels: {text}")
-    if middle > 4 * cfg.size_unit or middle < cfg.size_unit / 4:
-        text = f"most boxes would share one level of the pyramid: --size-unit {middle / 1.5:.0f}"
-        lines.append(f"half of the boxes are larger than {middle:.0f} pixels, half smaller: {text}")
-    most = found["objects_per_image"][2]
-    if most > cfg.max_detections:
-        text = f"--max-detections is {cfg.max_detections}: raise it"
-        lines.append(f"5 % of the images have over {most:.0f} objects: {text}")
-    return lines
+    most, alike = found["objects_per_image"][2], found["alike_in_box"]
+    alike_is = f"alike_in_box is {alike:.1f} % (photographs: 30)"
+    checks = [
+        (found[name] > limit, f"{name} is {found[name]} % (photographs: under {limit}): {text}")
+        for name, (limit, text) in ADVICE.items()
+        if name in found  # there are true masks
+    ]
+    checks += [
+        (alike < 10, f"{alike_is}: lower --color-threshold"),
+        (alike > 60, f"{alike_is}: raise --color-threshold, or use --contrast stretch if dark"),
+        (
+            small < 12,
+            f"5 % of the boxes have a longer side under {small:.0f} pixels, and masks have a grid"
+            f" of 4 pixels: images {16 / max(small, 1):.1f} times as large help",
+        ),
+        (
+            not cfg.size_unit / 4 <= middle <= 4 * cfg.size_unit,
+            f"half of the boxes are larger than {middle:.0f} pixels, half smaller: most would share"
+            f" one level of the pyramid: --size-unit {middle / 1.5:.0f}",
+        ),
+        (
+            most > cfg.max_detections,
+            f"5 % of the images have over {most:.0f} objects: raise --max-detections"
+            f" ({cfg.max_detections})",
+        ),
+    ]
+    return [text for is_odd, text in checks if is_odd]
+
+
+def show_statistics(data: CocoDataset, cfg: Config, images: int) -> None:
+    found = statistics(data, images, cfg.color_threshold)
+    for name, value in found.items():  # lists: 5 %, median, 95 %
+        print(f"{value:7.2f} %  {ROWS[name]}" if name in ROWS else f"{name}: {value}")
+    print("\n".join(advice(found, cfg)) or "Nothing is outside of what photographs have.")
+    print(json.dumps({"preset": cfg.preset} | found))
