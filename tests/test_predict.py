@@ -143,6 +143,17 @@ def test_pictures_have_the_names_and_shapes_of_their_images(first):
     assert picture.height > 400  # and the legend
 
 
+def test_the_batch_changes_nothing(folder, first, monkeypatch):
+    options = ("--output", folder / "batched", "--batch", "3")
+    run(monkeypatch, folder, folder / "images", *options)
+    one, three = results_of(first), results_of(folder / "batched")
+    assert len(one) > 3
+    for a, b in zip(one, three, strict=True):
+        assert a["score"] == pytest.approx(b["score"], abs=1e-4)
+        assert (a["file_name"], a["category_id"]) == (b["file_name"], b["category_id"])
+        assert rle_codec.iou([a["segmentation"]], [b["segmentation"]], [0])[0, 0] > 0.99
+
+
 def test_polygons_are_the_same_masks(folder, first, monkeypatch):
     run(monkeypatch, folder, folder / "images/b.png", "--output", folder / "poly", "--polygons")
     wanted = [r for r in results_of(first) if r["file_name"].endswith("b.png")]

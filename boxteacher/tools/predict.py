@@ -12,16 +12,19 @@ the configuration are options, too (--device cpu).
 from __future__ import annotations
 
 import glob
+import itertools
 import json
 import operator
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from boxteacher import errors
@@ -30,9 +33,10 @@ from boxteacher.coco_eval import to_coco_results
 from boxteacher.command_line import Parser
 from boxteacher.config import ConfigError
 from boxteacher.files import whole_file
-from boxteacher.model import Instances
+from boxteacher.model import CondInst, Instances, whole_view
 from boxteacher.reporting import progress
 from boxteacher.tools.common import append_line, lines_so_far, load_network, settings_of
+from boxteacher.transforms import View
 from boxteacher.visualize import (
     draw_instances,
     instance_color,
@@ -41,6 +45,7 @@ from boxteacher.visualize import (
     with_legend,
 )
 
+File = tuple[str, np.ndarray]  # its name and its pixels, uint8 RGB [h, w, 3]
 LEAST_SIDE, MOST_SIDE = 800, 2000  # the long side of a drawn picture
 
 
@@ -73,6 +78,33 @@ def find_images(words: Sequence[str]) -> list[str]:
             raise ConfigError(f"{word}: no image there; give files, folders of images or globs")
         names += sorted(found)
     return list(dict.fromkeys(names))
+
+
+def without_errors(files: Iterable[tuple[str, np.ndarray | DataError]]) -> Iterator[File]:
+    for name, pixels in files:
+        if isinstance(pixels, DataError):
+            print(f"error: {pixels}", file=sys.stderr, flush=True)
+        else:
+            yield name, pixels
+
+
+def predict_all(
+    model: CondInst, files: Iterable[File], batch: int
+) -> Iterator[tuple[str, np.ndarray, Instances]]:
+    """Neighbors of one padded size are looked at together, at most `batch` of them. Padding counts
+    in the head's GroupNorm, so an image's results do not depend on the others."""
+
+    def seen(file: File) -> tuple[File, View, Tensor]:
+        view = whole_view(file[1].shape[:2], model.cfg)
+        return file, view, view.padded(file[1])
+
+    for _, neighbors in itertools.groupby(map(seen, files), lambda item: item[2].shape):
+        while group := list(itertools.islice(neighbors, batch)):
+            some, views, images = zip(*group, strict=True)
+            sizes = [[view.resized for view in views], [view.original for view in views]]
+            images = torch.cat(images).to(model.pixel_mean.device)
+            for (name, pixels), found in zip(some, model.predict(images, *sizes), strict=True):
+                yield name, pixels, found
 
 
 # --- pictures -------------------------------------------------------------------------------------
@@ -123,29 +155,27 @@ def main() -> None:
     add("--checkpoint", metavar="FILE", required=True, help="written by train.py")
     add("--output", type=Path, metavar="DIR", required=True, help="the folder to write to")
     add("--score", type=float, default=0.5, metavar="S", help="least score of a result (0.5)")
+    add("--batch", type=int, default=1, metavar="N", help="images of one size at a time (1)")
     add("--polygons", action="store_true", help="write polygons, not run-length codes")
     add("--draw", choices=("class", "instance"), help="pictures, with one color for each")
     add("--instance-maps", action="store_true", help="PNGs of 16 bits")
     args, given = parser.read(sys.argv[1:])
-    if not 0 <= args.score <= 1:
-        raise ConfigError("give a --score between 0 and 1")
+    if args.batch < 1 or not 0 <= args.score <= 1:
+        raise ConfigError("give a --batch of 1 or more and a --score between 0 and 1")
     names = find_images(args.images)
     root = Path(os.path.commonpath([Path(name).resolve().parent for name in names]))
     model, state = load_network(args.checkpoint, given)
     lines, results_path = args.output / "results.jsonl", args.output / "results.json"
-    done = {line["file_name"] for line in lines_so_far(lines, settings_of(args, "images"))}
+    done = {line["file_name"] for line in lines_so_far(lines, settings_of(args, "images", "batch"))}
     todo, count = [name for name in names if name not in done], len(done)
     if done:
         print(f"goes on after {count} images", file=sys.stderr)
 
     files = ImageFiles(todo, model.cfg.contrast)
     options = dict(collate_fn=operator.itemgetter(0), num_workers=model.cfg.workers)
-    for name, pixels in progress(DataLoader(files, **options), "predict", len(todo)):
-        if isinstance(pixels, DataError):
-            print(f"error: {pixels}", file=sys.stderr, flush=True)
-            continue
-        count += 1
-        found, size = model.predict_image(pixels), pixels.shape[:2]
+    readable = without_errors(progress(DataLoader(files, **options), "predict", len(todo)))
+    for name, pixels, found in predict_all(model, readable, args.batch):
+        count, size = count + 1, pixels.shape[:2]
         keep = (found.scores >= args.score).nonzero().flatten()
         masks = [found.masks[k] for k in keep.tolist()]
         found = Instances(found.boxes[keep], found.scores[keep], found.labels[keep], masks)
