@@ -13,7 +13,7 @@ import pytest
 
 from boxteacher.command_line import parse
 from boxteacher.config import ConfigError
-from boxteacher.tools import study
+from boxteacher.tools import study, study_tables
 
 ROOT = Path(__file__).parents[1]
 TINY = """shapes --fpn-channels 64 --tower-convs 1 --mask-branch-channels 16 --mask-branch-convs 1
@@ -28,23 +28,23 @@ TINY = """shapes --fpn-channels 64 --tower-convs 1 --mask-branch-channels 16 --m
 def test_quantiles_are_those_of_students_t(degrees):
     """Integrates the density from 0 to the quantile."""
     scale = math.gamma((degrees + 1) / 2) / math.gamma(degrees / 2) / math.sqrt(degrees * math.pi)
-    step = study.T_975[degrees - 1] / 20_000
+    step = study_tables.T_975[degrees - 1] / 20_000
     middles = ((k + 0.5) * step for k in range(20_000))
     area = sum(step * scale * (1 + t * t / degrees) ** (-(degrees + 1) / 2) for t in middles)
     assert 0.5 + area == pytest.approx(0.975, abs=2e-5)
 
 
 def test_the_spread_of_a_few_values():
-    spread = study.spread([41.0, 43.0, 42.0])
+    spread = study_tables.spread([41.0, 43.0, 42.0])
     assert (spread["seeds"], spread["mean"], spread["std"]) == (3, 42, 1)
     assert spread["half_interval"] == pytest.approx(4.303 / math.sqrt(3))
-    alone = study.spread([5.0])
+    alone = study_tables.spread([5.0])
     assert alone == {"seeds": 1, "mean": 5.0, "std": None, "half_interval": None}
-    assert study.spread([])["mean"] is None
+    assert study_tables.spread([])["mean"] is None
 
 
 def result(run, **values):
-    return run.identity | dict.fromkeys(study.MEASURES) | values
+    return run.identity | dict.fromkeys(study_tables.MEASURES) | values
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_differences_are_paired_over_the_seeds_that_both_have(pair):
     results.append(make("b", 3).identity | {"error": "out of memory"})
     results.append(result(make("b", 3), mask_ap=0) | {"words": "shapes --lr 2"})  # of other words
     runs = [make(label, seed) for label in "ab" for seed in range(5)]
-    a, b = study.tabulate(configurations, runs, results)
+    a, b = study_tables.tabulate(configurations, [run.identity for run in runs], results)
     assert (a["mask_ap"]["seeds"], a["mask_ap"]["mean"]) == (4, 213 / 4)
     assert b["mask_ap"]["values"] == aps["b"]
     assert (b["reference"], b["box_ap"]["seeds"], b["box_ap"]["mean"]) == ("a", 0, None)
@@ -75,7 +75,7 @@ def test_differences_are_paired_over_the_seeds_that_both_have(pair):
     assert (difference["seeds"], difference["mean"], difference["std"]) == (3, 1, 1)
     assert difference["half_interval"] == pytest.approx(2.484, abs=1e-3)
 
-    lines = study.markdown([a, b]).splitlines()
+    lines = study_tables.markdown([a, b]).splitlines()
     assert lines[3].startswith("| b | 4 | 34.0 ± 16.0 |  | ")
     assert lines[-1].startswith("| b - a | 3 | 1.0 ± 2.5 |  | ")
     assert len({line.count("|") for line in lines if line}) == 1
@@ -210,7 +210,7 @@ def test_self_training_learns_from_the_masks_of_the_study_s_own_boxinst(tmp_path
     assert (boxinst["label"], self_training["label"]) == ("BoxInst", "self")
     assert self_training["words"] == f"{TINY} --mode condinst | masks from: {boxinst['words']}"
     for line in (boxinst, self_training):
-        assert study.MEASURES.keys() <= line.keys()
+        assert study_tables.MEASURES.keys() <= line.keys()
         assert 0 <= line["mask_ap"] <= line["mask_ap50"] <= 100
         assert 0 < line["mean_iou"] < 1
         assert 0 < line["minutes"] < 5

@@ -16,13 +16,12 @@ import json
 import os
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, NoReturn
 
 from PIL import Image
 
@@ -32,22 +31,7 @@ from boxteacher.config import ConfigError
 from boxteacher.files import write_text
 from boxteacher.shapes import load_shapes_image, make_shapes_coco
 from boxteacher.tools.studies import STUDIES, C
-
-MEASURES = {  # name in results.jsonl: heading, decimals
-    "mask_ap": ("mask AP", 1),
-    "mask_ap50": ("AP50", 1),
-    "mask_ap75": ("AP75", 1),
-    "box_ap": ("box AP", 1),
-    "mean_iou": ("given true boxes: mean IoU", 3),
-    "over_50": ("over 0.5", 3),
-    "over_75": ("over 0.75", 3),
-    "minutes": ("minutes of training", 1),
-}
-# Student's t: quantile 0.975 for 1, 2, ... degrees of freedom. The last is used for more.
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
-
-Result = dict[str, Any]  # a line of results.jsonl
-
+from boxteacher.tools.study_tables import MEASURES, Result, is_finished, markdown, tabulate
 
 # --- runs -----------------------------------------------------------------------------------------
 
@@ -126,10 +110,6 @@ def do(run: Run, lock: int, children: list[subprocess.Popen]) -> Result:
     return run.identity | dict.fromkeys(MEASURES) | values
 
 
-def is_finished(identity: Result, results: list[Result]) -> bool:
-    return any("error" not in result and identity.items() <= result.items() for result in results)
-
-
 def read_results(study: Path) -> list[Result]:
     path = study / "results.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -173,60 +153,13 @@ def run_all(runs: list[Run], jobs: int, study: Path) -> None:
         raise errors.UserError(f"{failed} runs failed; start again to retry them")
 
 
-# --- tables ---------------------------------------------------------------------------------------
-
-
-def spread(values: list[float]) -> dict[str, Any]:
-    """Number of values, mean, standard deviation, and half the width of the 95 % interval of the
-    mean, by Student's t: t_0.975(n - 1) * std / sqrt(n)."""
-    mean = statistics.fmean(values) if values else None
-    std = half = None
-    if len(values) > 1:
-        std = statistics.stdev(values)
-        half = T_975[min(len(values) - 1, len(T_975)) - 1] * std / len(values) ** 0.5
-    return {"seeds": len(values), "mean": mean, "std": std, "half_interval": half}
-
-
-def tabulate(configurations: dict[str, C], runs: list[Run], results: list[Result]) -> list[dict]:
-    """A row for each configuration: by measure the values of the seeds, their spread, and the
-    spread of the differences to the reference, over the seeds that both have."""
-    found = [r for r in results if any(is_finished(run.identity, [r]) for run in runs)]
-    rows = []
-    for label, configuration in configurations.items():
-        reference = configuration.reference or next(iter(configurations))
-        row = {"label": label, "words": configuration.words, "reference": reference}
-        for measure in MEASURES:
-            own, other = (
-                {r["seed"]: r[measure] for r in found if r["label"] == x and r[measure] is not None}
-                for x in (label, reference)
-            )
-            differences = spread([own[seed] - other[seed] for seed in own if seed in other])
-            row[measure] = {"values": own, **spread(list(own.values())), "difference": differences}
-        rows.append(row)
-    return rows
-
-
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """Two tables: means ± standard deviations, and differences ± half of the 95 % interval."""
-    headings = " | ".join(heading for heading, _ in MEASURES.values())
-    lines = []
-    for title, reach in ("mean ± std", "std"), ("difference ± 95 %", "half_interval"):
-        lines += [f"| {title} | seeds | {headings} |", "| --- " * (len(MEASURES) + 2) + "|"]
-        for row in rows:
-            spreads, name = [row[measure] for measure in MEASURES], row["label"]
-            if reach == "half_interval":
-                spreads = [values["difference"] for values in spreads]
-                name = f"{name} - {row['reference']}"
-            cells = [name, str(max(values["seeds"] for values in spreads))]
-            for values, (_, digits) in zip(spreads, MEASURES.values(), strict=True):
-                shown = [x for x in (values["mean"], values[reach]) if x is not None]
-                cells.append(" ± ".join(f"{x:.{digits}f}" for x in shown))
-            lines.append(f"| {' | '.join(cells)} |")
-        lines.append("")
-    return "\n".join(lines)
-
-
 # --- the program ----------------------------------------------------------------------------------
+
+
+def interrupt(number: int, _: object) -> NoReturn:
+    """As Ctrl-C, but once: the second signal of a group would end the clean-up."""
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def main() -> None:
@@ -252,12 +185,12 @@ def main() -> None:
     study = Path("runs/study", args.name)
     study.mkdir(parents=True, exist_ok=True)
     runs = [make_run(study, configurations, label, s) for s in seeds for label in configurations]
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         if not args.table:
             run_all([run for run in runs if run.identity["label"] in chosen], args.jobs, study)
     finally:
-        rows = tabulate(configurations, runs, read_results(study))
+        rows = tabulate(configurations, [run.identity for run in runs], read_results(study))
         table = study / f"table_seeds_{args.seeds}.md"
         write_text(table, markdown(rows))
         write_text(table.with_suffix(".json"), json.dumps(rows, indent=2) + "\n")
