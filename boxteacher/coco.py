@@ -255,7 +255,7 @@ def check_entries(coco: dict, faults: Faults) -> tuple[np.ndarray, np.ndarray, n
     for field, problem, are_fine in (
         ("iscrowd", _crowd_problem, _are_crowds),
         ("area", _area_problem, _are_areas),
-        ("bbox", _box_problem, _are_boxes),
+        ("bbox", _box_problem, are_boxes),
     ):
         annotations = faults.sift(ANNOTATION, annotations, field, problem, are_fine)
     boxes = np.array([a["bbox"] for a in annotations], float).reshape(-1, 4)
@@ -354,7 +354,7 @@ def _are_crowds(values: list) -> bool:
 
 
 def _area_problem(annotation: dict) -> str:
-    if (value := annotation.get("area")) is None or (_are_finite([value]) and value >= 0):
+    if (value := annotation.get("area")) is None or (are_finite([value]) and value >= 0):
         return ""
     found = f"found {short_repr(value)}; correct it or leave it out"
     return f"must be a finite number of pixels, 0 or more, {found}"
@@ -362,20 +362,20 @@ def _area_problem(annotation: dict) -> str:
 
 def _are_areas(values: list) -> bool:
     values = [value for value in values if value is not None]
-    return _are_finite(values) and min(values, default=0) >= 0
+    return are_finite(values) and min(values, default=0) >= 0
 
 
 def _box_problem(entry: dict) -> str:
-    if _are_boxes([box := entry.get("bbox")]):
+    if are_boxes([box := entry.get("bbox")]):
         return ""
     form = f"must be four finite numbers [x, y, width, height], found {short_repr(box)}"
     form = "is missing" if box is None else form
     return f"(image id {entry['image_id']}) {form}; correct it or remove the annotation"
 
 
-def _are_boxes(values: list) -> bool:
+def are_boxes(values: list) -> bool:
     are_lists = {list}.issuperset(map(type, values)) and {4}.issuperset(map(len, values))
-    return are_lists and _are_finite([*chain.from_iterable(values)])
+    return are_lists and are_finite([*chain.from_iterable(values)])
 
 
 def _place_problem(images: dict[int, dict], annotation: dict) -> str:
@@ -397,7 +397,7 @@ def _is_id(value: object) -> bool:
     return type(value) is int and abs(value) < 2**63
 
 
-def _are_finite(numbers: Sequence[float]) -> bool:
+def are_finite(numbers: Sequence[float]) -> bool:
     """Whether all are numbers below 10^12."""
     if not NUMBERS.issuperset(map(type, numbers)):
         return False
@@ -454,8 +454,8 @@ def _polygon_extents(masks: list[list], sizes: np.ndarray) -> tuple[np.ndarray, 
     is_far = ~(abs(extents) <= REACH * sizes.max(1, keepdims=True)).all(1)
     is_long = np.add.reduceat(steps, first) > MAX_OUTLINE * sizes.sum(1)
     for is_wrong, text in (
-        (is_long, "has an outline without end: its points go to and fro through the image"),
         (is_far, f"has points {REACH} times the image's size away, or not finite"),
+        (is_long, "has an outline without end: its points go to and fro through the image"),
     ):
         bad = dict.fromkeys(np.flatnonzero(is_wrong).tolist(), text) | bad
     return extents, bad
@@ -467,7 +467,7 @@ def _are_polygons(polygons: list) -> bool:
     lengths = set(map(len, polygons))
     are_points = min(lengths, default=6) >= 6 and not any(length % 2 for length in lengths)
     lists = [polygon for polygon in polygons if type(polygon) is list]  # arrays hold numbers
-    return are_points and _are_finite([*chain.from_iterable(lists)])
+    return are_points and are_finite([*chain.from_iterable(lists)])
 
 
 def _code_extents(codes: list[dict], sizes: np.ndarray) -> tuple[np.ndarray, dict[int, str]]:
