@@ -17,6 +17,7 @@ COCO file.
 
 import argparse
 import contextlib
+import copy
 import functools
 import io
 import itertools
@@ -138,20 +139,8 @@ def fuzz_checkpoint(seed: int, folder: Path) -> str:
     return "read"
 
 
-VALUES = [
-    *ODD[:-3],
-    0,
-    1,
-    7,
-    1e7,
-    1e11,
-    -1e300,
-    "0",
-    "\ud800\n",
-    [1, 2, 3],
-    [[1, 2, 3]],
-    {"size": []},
-]
+VALUES = [None, True, -1, 0, 7, 2**70, 1.5, float("nan"), 1e7, 1e11, -1e300, "", "0", "\ud800\n"]
+VALUES += ["x" * 1000, [], [[]], {}, [1, 2, 3], [[1, 2, 3]], {"size": []}]
 
 
 def inner_places(tree: Any, place: tuple = ()) -> list[tuple]:
@@ -165,20 +154,22 @@ def inner_places(tree: Any, place: tuple = ()) -> list[tuple]:
 def damage(tree: Any, rng: random.Random) -> None:
     """Exchange, remove, double or shift some values of a tree."""
     for _ in range(rng.choice([1, 1, 1, 2, 3, 10])):
-        *parents, last = rng.choice(inner_places(tree))
+        if not (places := inner_places(tree)):
+            break
+        *parents, last = rng.choice(places)
         inner = functools.reduce(operator.getitem, parents, tree)
         value, kind = inner[last], rng.randrange(5)
         if kind == 0:
             del inner[last]
         elif kind == 1 and isinstance(value, list):
-            value.append(rng.choice([*value, 1.5]))
+            value.append(copy.deepcopy(rng.choice([*value, 1.5])))
         elif kind == 2 and isinstance(value, str) and value:
             place = rng.randrange(len(value))
             inner[last] = value[:place] + chr(rng.randrange(40, 120)) + value[place + 1 :]
         elif kind == 3 and isinstance(value, int | float):
             inner[last] = value + rng.choice([-1, 1, 0.5, 64, -200, 1e4])
         else:
-            inner[last] = rng.choice(VALUES)
+            inner[last] = copy.deepcopy(rng.choice(VALUES))
 
 
 def outcome(answers: list[str]) -> str:
@@ -313,7 +304,7 @@ def fuzz(subject: str, first: int, cases: int, minutes: float) -> dict[str, int]
         child = context.Process(target=work, args=arguments, daemon=True)
         child.start()
         theirs.close()
-        for patience in itertools.chain([120], itertools.repeat(SECONDS)):  # the first: imports
+        for patience in itertools.chain([300], itertools.repeat(SECONDS)):  # the first: imports
             try:
                 number, outcome = ours.recv() if ours.poll(patience) else (case, "BROKEN hangs")
             except EOFError:

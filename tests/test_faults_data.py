@@ -396,7 +396,9 @@ def test_a_fault_is_said_in_one_line_or_means_something(answers, case):
     assert re.search(words, answer), answer
     assert answer.isprintable()
     assert len(answer) <= 2000
-    assert re.match("FOLDER/|/dev/zero|val.json: |results for val.json", answer), answer  # which file
+    assert re.match("FOLDER/|/dev/zero|val.json: |results for val.json", answer), (
+        answer
+    )  # which file
 
 
 def test_all_entries_with_a_fault_are_counted_and_the_first_are_named():
