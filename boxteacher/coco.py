@@ -421,8 +421,8 @@ def mask_extents(masks: Sequence[object], sizes: np.ndarray) -> tuple[np.ndarray
     extents, bad = np.full((len(masks), 4), np.nan), {}
     for kind, measure in ((list, _polygon_extents), (dict, _code_extents)):
         chosen = [i for i, mask in enumerate(masks) if isinstance(mask, kind) and mask]
-        for start in range(0, len(chosen), 20_000):  # few at a time save memory
-            part = chosen[start : start + 20_000]
+        for start in range(0, len(chosen), 4_000):  # few at a time save memory
+            part = chosen[start : start + 4_000]
             extents[part], faults = measure([masks[i] for i in part], sizes[part])
             bad |= {part[k]: text for k, text in faults.items()}
     for i, mask in enumerate(masks):
