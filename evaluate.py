@@ -20,7 +20,7 @@ from pathlib import Path
 
 from boxteacher import distributed, errors
 from boxteacher.checkpoint import load_checkpoint, load_weights
-from boxteacher.coco_eval import evaluate_dataset
+from boxteacher.coco_eval import evaluate_dataset, require_void
 from boxteacher.command_line import Parser
 from boxteacher.config import ConfigError, from_dict, validate
 from boxteacher.data import Classes, make_val_set
@@ -62,6 +62,8 @@ def main() -> None:
     say_notes(notes, "note")
     val_set = make_val_set(cfg, Classes(state["class_names"], state["category_ids"], str(path)))
     say_notes(val_set.notes)
+    if cfg.metric == "cityscapes":  # before it predicts
+        require_void(val_set.coco, val_set.name)
     who = "student" if options.student or state["teacher"] is None else "teacher"
     model = build_model(cfg, len(val_set.class_names))
     load_weights(model, state[who], f"{path} ({who})")

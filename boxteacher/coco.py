@@ -9,12 +9,13 @@ import math
 import os
 import stat
 from array import array
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from reprlib import repr as short_repr
+from types import NoneType
 from typing import BinaryIO
 
 import numpy as np
@@ -113,46 +114,113 @@ def _compact(entry: dict) -> dict:
 # --- checking -------------------------------------------------------------------------------------
 
 
-class _Faults:
+class Faults:
     """What is wrong with a file: all of it in one line."""
 
-    def __init__(self, name: str) -> None:
-        self.name, self.texts = name, []
+    def __init__(self, name: str, error: type[UserError] = DataError) -> None:
+        self.name, self.error, self.texts = name, error, []
 
-    def add(self, wheres: Sequence[str], text: str) -> None:
-        """A fault of the entries `wheres`. The text is about the first of them."""
-        more = ", ".join(wheres[1:5]) + ", ..." * (len(wheres) > 5)
-        more = f" (and {len(wheres) - 1} more: {more})" if len(wheres) > 1 else ""
+    def add(self, wheres: Sequence[str], text: str, count: int = 1) -> None:
+        """A fault of `count` entries, the first of which are `wheres`. The text is about the first
+        one."""
+        more = ", ".join(wheres[1:5]) + ", ..." * (count > 5)
+        more = f" (and {count - 1} more: {more})" if count > 1 else ""
         self.texts.append(f"{wheres[0]}: {text}{more}")
 
     def sift(
-        self, kind: str, entries: list[dict], field: str, problem: Callable[[dict], str]
+        self,
+        where: Callable[[dict], str],
+        entries: list[dict],
+        field: str,
+        problem: Callable[[dict], str],
+        are_fine: Callable[[list], bool] = lambda values: False,
     ) -> list[dict]:
-        """The entries whose field has no `problem`: a text, empty if there is none."""
-        texts = [problem(entry) for entry in entries]
-        if not any(texts):
+        """The entries whose field has no `problem`: a text, empty if there is none. `are_fine` sees
+        all values at once, which is fast. It may be wrong about good ones, but not about bad ones.
+        """
+        if are_fine([entry.get(field) for entry in entries]):
             return entries
+        texts = [problem(entry) for entry in entries]
         bad = [(entry, text) for entry, text in zip(entries, texts, strict=True) if text]
-        self.add([f"{kind} id {entry['id']}" for entry, _ in bad], f"field '{field}' {bad[0][1]}")
+        if bad:
+            wheres = [where(entry) for entry, _ in bad[:5]]
+            self.add(wheres, f"field '{field}' {bad[0][1]}", len(bad))
         return [entry for entry, text in zip(entries, texts, strict=True) if not text]
+
+    def masks(
+        self,
+        where: Callable[[dict], str],
+        entries: list[dict],
+        field: str,
+        sizes: np.ndarray,
+        remedy: str,
+    ) -> np.ndarray:
+        """The extents of the entries' masks (`mask_extents`), after a check."""
+        extents, bad = mask_extents([entry.get(field) for entry in entries], sizes)
+        if bad:
+            first = sorted(bad)[:5]
+            wheres = [where(entries[i]) for i in first]
+            self.add(wheres, f"field '{field}' {bad[first[0]]}; {remedy}", len(bad))
+        return extents
 
     def raise_any(self, remark: str = "") -> None:
         if self.texts:
-            raise DataError(f"{self.name}: {'. Also: '.join(self.texts)}{remark}")
+            raise self.error(f"{self.name}: {'. Also: '.join(self.texts)}{remark}")
+
+
+IMAGE, CATEGORY, ANNOTATION = (
+    f"{kind} id {{id}}".format_map for kind in ("image", "category", "annotation")
+)
 
 
 def check_coco(coco: dict, name: str) -> list[str]:
     """Raise DataError unless `coco` is a usable COCO dict. `name`, its file, opens the message.
 
-    The message has each kind of fault once, with the first entry that has it and the number of the
-    others. Returns notes about what is usable, but can hardly be meant (plausible.py).
+    The message has each kind of fault once, with the first entries that have it and their number.
+    Returns notes about what is usable, but can hardly be meant (plausible.py).
     """
-    faults = _Faults(name)
+    faults = Faults(name)
+    check_lists(coco, faults)
+    text = partial(_text_problem, "file_name")
+    faults.sift(IMAGE, coco["images"], "file_name", text, _are_texts)
+    boxes, sizes, extents = check_entries(coco, faults)
+    annotations, images = coco["annotations"], {image["id"]: image for image in coco["images"]}
 
-    # The three lists, each with ids of its own.
+    # Each box lies in its image.
+    def are_in_place(_: list) -> bool:
+        corners, far = np.hstack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]]), REACH * sizes.max(1)
+        is_in_place = (boxes[:, 2:] > 0) & (corners[:, :2] < sizes) & (corners[:, 2:] > 0)
+        return bool((is_in_place & (abs(corners).max(1) <= far)[:, None]).all())
+
+    place = partial(_place_problem, images)
+    in_place = faults.sift(ANNOTATION, annotations, "bbox", place, are_in_place)
+    cause = likely_form(boxes, None, sizes) if len(in_place) < len(annotations) else ""
+    if len(boxes) and boxes.max() <= 1 and sizes.min() > 4:
+        faults.add(["field 'bbox'"], "all boxes lie in the first pixel; give pixels, not fractions")
+    faults.raise_any(cause)
+
+    # What can hardly be meant.
+    notes = []
+    if annotations:
+        areas = np.array([annotation.get("area") for annotation in annotations], float)
+        notes = doubts([a["id"] for a in annotations], boxes, extents, sizes, areas)
+    keys = np.array([(a["image_id"], a["category_id"]) for a in annotations]).reshape(-1, 2)
+    keys = np.hstack([keys.astype(np.int64).view(float), boxes + 0.0])  # -0.0 is 0.0
+    repeated = len(keys) - len(np.unique(keys.view(np.void(48).dtype)))
+    shared = len(images) - len({image["file_name"] for image in coco["images"]})
+    for count, what in (
+        (repeated, "annotations repeat the image, class and box of another"),
+        (shared, "images repeat the file of another; the objects of a file belong to one image"),
+    ):
+        notes += [f"{count} {what}"] if count else []
+    return [f"{name}: {note}" for note in notes]
+
+
+def check_lists(coco: dict, faults: Faults) -> None:
+    """Raise unless there are the three lists of objects, each with ids of its own."""
     if not isinstance(coco, dict):
-        found = type(coco).__name__
-        raise DataError(f"{name}: the top level is a {found}; expected an object in COCO's format")
+        what = f"is a {type(coco).__name__}; expected an object in COCO's format"
+        raise faults.error(f"{faults.name}: the top level {what}")
     for key in ("images", "categories", "annotations"):
         entries, may_be_empty = coco.get(key), key == "annotations"
         if isinstance(entries, list) and (entries or may_be_empty):
@@ -164,70 +232,74 @@ def check_coco(coco: dict, name: str) -> list[str]:
             faults.add([f"field '{key}'"], f"{found}; COCO's format has {remedy}")
     faults.raise_any()
 
-    # Each image has a file and a size, each category a name of its own.
-    images = faults.sift("image", coco["images"], "file_name", partial(_text_problem, "file_name"))
+
+def check_entries(coco: dict, faults: Faults) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Raise unless each field that training or evaluation takes has the right type and range.
+    Lists and ids are checked already, files and the places of boxes are not.
+
+    Returns of the annotations boxes [A, 4] (x, y, width, height), the sizes of their images [A, 2]
+    (width, height), and the extents of their masks [A, 4] (`mask_extents`).
+    """
+    # Each image has a size, each category a name of its own.
+    images = coco["images"]
     for side in ("width", "height"):
-        images = faults.sift("image", images, side, partial(_side_problem, side))
-    faults.sift("image", images, "width", _pixels_problem)
-    categories = faults.sift("category", coco["categories"], "name", partial(_text_problem, "name"))
-    faults.sift("category", categories, "name", partial(_name_problem, set()))
+        images = faults.sift(IMAGE, images, side, partial(_side_problem, side))
+    faults.sift(IMAGE, images, "width", _pixels_problem)
+    categories = coco["categories"]
+    categories = faults.sift(CATEGORY, categories, "name", partial(_text_problem, "name"))
+    faults.sift(CATEGORY, categories, "name", partial(_name_problem, set()))
     faults.raise_any()
 
     # Each annotation belongs to an image and a category. Its fields have the right types.
-    annotations, images = coco["annotations"], {image["id"]: image for image in coco["images"]}
-    category_ids = {category["id"] for category in coco["categories"]}
-    for field, problem in {
-        "image_id": partial(_id_problem, "image_id", images, "images"),
-        "category_id": partial(_id_problem, "category_id", category_ids, "categories"),
-        "iscrowd": _crowd_problem,
-        "area": _area_problem,
-        "bbox": _box_problem,
-        "segmentation": partial(_mask_problem, images),
-    }.items():
-        annotations = faults.sift("annotation", annotations, field, problem)
-
-    # Its box and its mask lie in the image.
-    sizes = [images[annotation["image_id"]] for annotation in annotations]
-    sizes = np.array([(image["width"], image["height"]) for image in sizes]).reshape(-1, 2)
-    boxes = np.array([annotation["bbox"] for annotation in annotations], float).reshape(-1, 4)
-    in_place = faults.sift("annotation", annotations, "bbox", partial(_place_problem, images))
-    cause = likely_form(boxes, None, sizes) if len(in_place) < len(annotations) else ""
-    if len(boxes) and boxes.max() <= 1 and sizes.min() > 4:
-        faults.add(["field 'bbox'"], "all boxes lie in the first pixel; give pixels, not fractions")
-    extents = _mask_extents(annotations, sizes, faults)
-    faults.raise_any(cause)
-
-    # What can hardly be meant.
-    notes = []
-    if annotations:
-        areas = np.array([annotation.get("area") for annotation in annotations], float)
-        notes = doubts([a["id"] for a in annotations], boxes, extents, sizes, areas)
-    keys = {(a["image_id"], a["category_id"], *a["bbox"]) for a in annotations}
-    repeated = len(annotations) - len(keys)
-    shared = len(images) - len({image["file_name"] for image in coco["images"]})
-    for count, what in (
-        (repeated, "annotations repeat the image, class and box of another"),
-        (shared, "images repeat the file of another; the objects of a file belong to one image"),
+    annotations = check_ids_of(coco, coco["annotations"], ANNOTATION, faults)
+    for field, problem, are_fine in (
+        ("iscrowd", _crowd_problem, _are_crowds),
+        ("area", _area_problem, _are_areas),
+        ("bbox", _box_problem, are_boxes),
     ):
-        notes += [f"{count} {what}"] if count else []
-    return [f"{name}: {note}" for note in notes]
+        annotations = faults.sift(ANNOTATION, annotations, field, problem, are_fine)
+    boxes = np.array([a["bbox"] for a in annotations], float).reshape(-1, 4)
+    sizes = image_sizes(coco, annotations)
+    remedy = "correct it, or use the box alone"
+    extents = faults.masks(ANNOTATION, annotations, "segmentation", sizes, remedy)
+    faults.raise_any()
+    return boxes, sizes, extents
 
 
-def _check_ids(key: str, entries: list, faults: _Faults) -> None:
+def check_ids_of(
+    coco: dict, entries: list[dict], where: Callable[[dict], str], faults: Faults
+) -> list[dict]:
+    """The annotations or results that belong to an image and a category of `coco`."""
+    for field, key in (("image_id", "images"), ("category_id", "categories")):
+        ids = {entry["id"] for entry in coco[key]}
+        problem, are_known = partial(_id_problem, field, ids, key), partial(_are_known, ids)
+        entries = faults.sift(where, entries, field, problem, are_known)
+    return entries
+
+
+def image_sizes(coco: dict, entries: list[dict]) -> np.ndarray:
+    """int [E, 2]: width and height of the images of annotations or results."""
+    sizes = np.array([(image["width"], image["height"]) for image in coco["images"]])
+    number_of = {image["id"]: number for number, image in enumerate(coco["images"])}
+    return sizes[np.array([number_of[entry["image_id"]] for entry in entries], dtype=int)]
+
+
+def _check_ids(key: str, entries: list, faults: Faults) -> None:
     remedy = "give each entry its own number"
     bad = [i for i, e in enumerate(entries) if type(e) is not dict or not _is_id(e.get("id"))]
     if bad:
         text = f"field 'id' is missing or not a whole number of at most 64 bits; {remedy}"
-        faults.add([f"{key}[{i}]" for i in bad], text)
+        faults.add([f"{key}[{i}]" for i in bad[:5]], text, len(bad))
         return
     ids, seen = [entry["id"] for entry in entries], set()
     if len(set(ids)) < len(ids):
         twice = [i for i, number in enumerate(ids) if number in seen or seen.add(number)]
         text = f"field 'id': {ids[twice[0]]} is a duplicate; {remedy}"
-        faults.add([f"{key}[{i}]" for i in twice], text)
+        faults.add([f"{key}[{i}]" for i in twice[:5]], text, len(twice))
 
 
 # Each of these tells what is wrong with a field of an entry, and what to do; "" if nothing is.
+# Its short form, `_are_...`, sees the values of all entries.
 
 
 def _text_problem(field: str, entry: dict) -> str:
@@ -235,6 +307,10 @@ def _text_problem(field: str, entry: dict) -> str:
         return ""
     what = {"file_name": "name of the image's file", "name": "class's name"}[field]
     return f"is missing or not text; add the {what}"
+
+
+def _are_texts(values: list) -> bool:
+    return set(map(type, values)) == {str} and all(values)
 
 
 def _side_problem(side: str, image: dict) -> str:
@@ -257,10 +333,14 @@ def _name_problem(seen: set[str], category: dict) -> str:
     return ""
 
 
-def _id_problem(field: str, ids: Container[int], key: str, annotation: dict) -> str:
-    if type(value := annotation.get(field)) is int and value in ids:
+def _id_problem(field: str, ids: set[int], key: str, entry: dict) -> str:
+    if type(value := entry.get(field)) is int and value in ids:
         return ""
     return f"has no such id in '{key}': {short_repr(value)}; correct it"
+
+
+def _are_known(ids: set[int], values: list) -> bool:
+    return {int}.issuperset(map(type, values)) and ids.issuperset(values)
 
 
 def _crowd_problem(annotation: dict) -> str:
@@ -269,20 +349,33 @@ def _crowd_problem(annotation: dict) -> str:
     return f"must be 0 or 1, found {short_repr(value)}; correct it or leave it out"
 
 
+def _are_crowds(values: list) -> bool:
+    return {int, type(None)}.issuperset(map(type, values)) and {0, 1, None}.issuperset(values)
+
+
 def _area_problem(annotation: dict) -> str:
-    if (value := annotation.get("area")) is None or (_are_finite([value]) and value >= 0):
+    if (value := annotation.get("area")) is None or (are_finite([value]) and value >= 0):
         return ""
     found = f"found {short_repr(value)}; correct it or leave it out"
     return f"must be a finite number of pixels, 0 or more, {found}"
 
 
-def _box_problem(annotation: dict) -> str:
-    box = annotation.get("bbox")
-    if isinstance(box, list) and len(box) == 4 and _are_finite(box):
+def _are_areas(values: list) -> bool:
+    values = [value for value in values if value is not None]
+    return are_finite(values) and min(values, default=0) >= 0
+
+
+def _box_problem(entry: dict) -> str:
+    if are_boxes([box := entry.get("bbox")]):
         return ""
     form = f"must be four finite numbers [x, y, width, height], found {short_repr(box)}"
     form = "is missing" if box is None else form
-    return f"(image id {annotation['image_id']}) {form}; correct it or remove the annotation"
+    return f"(image id {entry['image_id']}) {form}; correct it or remove the annotation"
+
+
+def are_boxes(values: list) -> bool:
+    are_lists = {list}.issuperset(map(type, values)) and {4}.issuperset(map(len, values))
+    return are_lists and are_finite([*chain.from_iterable(values)])
 
 
 def _place_problem(images: dict[int, dict], annotation: dict) -> str:
@@ -300,81 +393,126 @@ def _place_problem(images: dict[int, dict], annotation: dict) -> str:
     return f"(image id {image['id']}) {box} {what}; correct it or remove the annotation"
 
 
-def _mask_problem(images: dict[int, dict], annotation: dict) -> str:
-    """About the form of polygons [[x, y, ...], ...] or of a run-length code."""
-    segmentation, remedy = annotation.get("segmentation"), "; correct it, or use the box alone"
-    if isinstance(segmentation, list):
-        for polygon in segmentation:
-            is_list = isinstance(polygon, (list, array)) and len(polygon) >= 6
-            if not is_list or len(polygon) % 2 or not _are_finite(polygon):
-                form = "has a polygon that is not [x, y, ...] of 3 points or more"
-                return f"{form}: {short_repr(polygon)}{remedy}"
-    elif segmentation:
-        image = images[annotation["image_id"]]
-        counts = segmentation.get("counts") if isinstance(segmentation, dict) else None
-        if not isinstance(counts, (str, list)):
-            return f"is neither polygons nor a run-length code{remedy}"
-        size = [image["height"], image["width"]]
-        if segmentation.get("size") != size:
-            found = short_repr(segmentation.get("size"))
-            return f"has size {found}, its image {size} (h, w){remedy}"
-    return ""
-
-
 def _is_id(value: object) -> bool:
     return type(value) is int and abs(value) < 2**63
 
 
-def _are_finite(numbers: list | array) -> bool:
-    if isinstance(numbers, array):  # _mask_extents looks at these
-        return True
-    are_numbers = NUMBERS.issuperset(map(type, numbers))
-    return are_numbers and all(abs(value) < 1e12 for value in numbers)  # false for NaN
+def are_finite(numbers: Sequence[float]) -> bool:
+    """Whether all are numbers below 10^12."""
+    if not NUMBERS.issuperset(map(type, numbers)):
+        return False
+    try:
+        return bool((abs(np.array(numbers, float)) < 1e12).all())  # false for NaN
+    except OverflowError:  # 10**400
+        return False
 
 
-def _mask_extents(annotations: list[dict], sizes: np.ndarray, faults: _Faults) -> np.ndarray:
-    """[A, 4]: left, top, right, bottom of each mask, NaN where there is none. Masks that break
-    pycocotools become faults: runs that do not fill the image, points far out, endless outlines."""
-    extents, bad = np.full((len(annotations), 4), np.nan), {}
-    with_polygons = []
-    for i, annotation in enumerate(annotations):
-        segmentation = annotation.get("segmentation")
-        if isinstance(segmentation, list):
-            if segmentation:
-                with_polygons.append(i)
-        elif segmentation:
-            try:
-                extents[i] = _code_extents(segmentation)
-            except ValueError as error:
-                bad[i] = f"has {error}"
-    for start in range(0, len(with_polygons), 50_000):  # few at a time save memory
-        chosen = with_polygons[start : start + 50_000]
-        polygons = [annotations[i]["segmentation"] for i in chosen]
-        extents[chosen], lengths = _polygon_extents(polygons)
-        is_far = ~(abs(extents[chosen]) <= REACH * sizes[chosen].max(1, keepdims=True)).all(1)
-        is_long = lengths > MAX_OUTLINE * sizes[chosen].sum(1)
-        for i in np.array(chosen)[is_far].tolist():
-            bad[i] = f"has points {REACH} times the image's size away, or not finite"
-        for i in np.array(chosen)[is_long & ~is_far].tolist():
-            bad[i] = "has an outline without end: its points go to and fro through the image"
-    if bad:
-        first = min(bad)
-        wheres = [f"annotation id {annotations[i]['id']}" for i in sorted(bad)]
-        faults.add(wheres, f"field 'segmentation' {bad[first]}; correct it, or use the box alone")
-    return extents
+# --- masks: the one check before pycocotools or a decoder sees them -------------------------------
 
 
-def _polygon_extents(masks: list[list]) -> tuple[np.ndarray, np.ndarray]:
-    """Masks of polygons: their extents [M, 4] and the lengths of their outlines [M]."""
+def mask_extents(masks: Sequence[object], sizes: np.ndarray) -> tuple[np.ndarray, dict[int, str]]:
+    """Check masks. None, [] and {} are none, the others are polygons [[x, y, ...], ...] or run-
+    length codes {"size", "counts"}. sizes [M, 2]: width and height of their images.
+
+    Returns [M, 4], the left, top, right and bottom of each mask, NaN where there is none, and what
+    is wrong with which mask: {index: text}. That includes what breaks pycocotools: runs that do not
+    fill the image, points far out, endless outlines.
+    """
+    extents, bad = np.full((len(masks), 4), np.nan), {}
+    for kind, measure in ((list, _polygon_extents), (dict, _code_extents)):
+        chosen = [i for i, mask in enumerate(masks) if isinstance(mask, kind) and mask]
+        for start in range(0, len(chosen), 4_000):  # few at a time save memory
+            part = chosen[start : start + 4_000]
+            extents[part], faults = measure([masks[i] for i in part], sizes[part])
+            bad |= {part[k]: text for k, text in faults.items()}
+    for i, mask in enumerate(masks):
+        if not isinstance(mask, (list, dict, NoneType)):
+            bad[i] = "is neither polygons nor a run-length code"
+    return extents, bad
+
+
+def _polygon_extents(masks: list[list], sizes: np.ndarray) -> tuple[np.ndarray, dict[int, str]]:
+    bad = {}
+    if not _are_polygons([*chain.from_iterable(masks)]):
+        for k, mask in enumerate(masks):
+            if wrong := [polygon for polygon in mask if not _are_polygons([polygon])]:
+                form = "has a polygon that is not [x, y, ...] of 3 points or more"
+                bad[k] = f"{form}: {short_repr(wrong[0])}"
+        masks = [[[0.0] * 6] if k in bad else mask for k, mask in enumerate(masks)]
+
+    # The ends of polygons, and the starts of masks, as numbers of points.
     polygons = [array("d", polygon) for polygon in chain.from_iterable(masks)]
-    points = np.frombuffer(b"".join(polygons)).reshape(-1, 2)
-    ends = np.cumsum([len(polygon) // 2 for polygon in polygons])
-    first = np.cumsum([0] + [sum(map(len, mask)) // 2 for mask in masks[:-1]])
+    numbers = np.frombuffer(b"".join(polygons))
+    ends = np.cumsum([*map(len, polygons)]) // 2
+    first = np.append(0, ends)[np.cumsum([0, *map(len, masks[:-1])])]
+    points = numbers[0::2], numbers[1::2]
     with np.errstate(invalid="ignore"):  # infinity
-        steps = np.abs(np.diff(points, axis=0, append=points[-1:])).max(1)
+        steps = np.maximum(*(abs(np.diff(p, append=p[-1:])) for p in points))
     steps[ends - 1] = 0  # from one polygon to the next
-    extents = [np.minimum.reduceat(points, first), np.maximum.reduceat(points, first)]
-    return np.concatenate(extents, axis=1), np.add.reduceat(steps, first)
+    extents = [f.reduceat(p, first) for f in (np.minimum, np.maximum) for p in points]
+    extents = np.stack(extents, axis=1)
+    is_far = ~(abs(extents) <= REACH * sizes.max(1, keepdims=True)).all(1)
+    is_long = np.add.reduceat(steps, first) > MAX_OUTLINE * sizes.sum(1)
+    for is_wrong, text in (
+        (is_far, f"has points {REACH} times the image's size away, or not finite"),
+        (is_long, "has an outline without end: its points go to and fro through the image"),
+    ):
+        bad = dict.fromkeys(np.flatnonzero(is_wrong).tolist(), text) | bad
+    return extents, bad
+
+
+def _are_polygons(polygons: list) -> bool:
+    if not {list, array}.issuperset(map(type, polygons)):
+        return False
+    lengths = set(map(len, polygons))
+    are_points = min(lengths, default=6) >= 6 and not any(length % 2 for length in lengths)
+    lists = [polygon for polygon in polygons if type(polygon) is list]  # arrays hold numbers
+    return are_points and are_finite([*chain.from_iterable(lists)])
+
+
+def _code_extents(codes: list[dict], sizes: np.ndarray) -> tuple[np.ndarray, dict[int, str]]:
+    blank = [
+        {"size": [height, width], "counts": [width * height]} for width, height in sizes.tolist()
+    ]
+    bad = {k: text for k, code in enumerate(codes) if (text := _form_problem(code, blank[k]))}
+    codes = [blank[k] if k in bad else code for k, code in enumerate(codes)]
+    try:
+        runs, lengths = _runs(codes)
+    except ValueError:  # in one of them
+        for k, code in enumerate(codes):
+            try:
+                run_lengths(code)
+            except ValueError as error:
+                bad[k] = f"has {error}"
+        runs, lengths = _runs([blank[k] if k in bad else code for k, code in enumerate(codes)])
+
+    # The runs that are on: of which code, from which pixel of it, to which.
+    of_code, height, pixels = np.repeat(np.arange(len(codes)), lengths), sizes[:, 1], sizes.prod(1)
+    is_on = (_places(lengths) % 2 == 1) & (runs > 0)
+    last = (runs.cumsum() - (pixels.cumsum() - pixels)[of_code])[is_on] - 1
+    of_code, first = of_code[is_on], last - runs[is_on] + 1
+    extents = np.zeros((len(codes), 4))  # where nothing is on
+    shown, start = np.unique(of_code, return_index=True)
+    if len(shown):
+        height, tall = height[of_code], height[shown]
+        goes_on = np.logical_or.reduceat(first // height < last // height, start)  # to next column
+        left, right = first[start] // tall, last[np.append(start[1:], len(last)) - 1] // tall
+        top = np.where(goes_on, 0, np.minimum.reduceat(first % height, start))
+        bottom = np.where(goes_on, tall - 1, np.maximum.reduceat(last % height, start))
+        extents[shown] = np.stack([left, top, right + 1, bottom + 1], axis=1)
+    return extents, bad
+
+
+def _form_problem(code: dict, blank: dict) -> str:
+    if not isinstance(code.get("counts"), (str, bytes, list)):
+        return "is neither polygons nor a run-length code"
+    size = code.get("size")
+    if isinstance(size, (list, tuple)) and [*size] == blank["size"] and {*map(type, size)} == {int}:
+        return ""
+    return f"has size {short_repr(size)}, its image {blank['size']} (h, w)"
+
+
+# --- the files of images, before they are loaded ---
 
 
 def _check_files(coco: dict, name: str, images_dir: str) -> None:
@@ -413,34 +551,61 @@ def run_lengths(code: dict) -> np.ndarray:
     Raises ValueError unless the runs fill the h*w pixels exactly. pycocotools does not check this:
     it leaves pixels uninitialized or never returns.
     """
-    counts, pixels = code["counts"], math.prod(code["size"])
-    if isinstance(counts, np.ndarray):
-        runs = counts
-    elif isinstance(counts, list):
-        are_numbers = all(type(run) is int for run in counts)
-        if not are_numbers or min(counts, default=0) < 0 or max(counts, default=0) > pixels:
-            raise ValueError("counts that are not the lengths of runs")
-        runs = np.array(counts, dtype=np.int64)
+    return _runs([code])[0]
+
+
+def _runs(codes: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+    """The runs of all codes, one after the other, and how many each has. ValueError if one of them
+    is broken: the text is about the first."""
+    counts, pixels = [code["counts"] for code in codes], [math.prod(c["size"]) for c in codes]
+    if {str, bytes}.issuperset(map(type, counts)):
+        runs, lengths = _runs_of_texts(counts)
     else:
-        text = counts.encode() if isinstance(counts, str) else counts
-        bits = np.frombuffer(text, dtype=np.uint8).astype(np.int64) - 48
-        # Where each number ends and starts, and how many characters it has (at most 6).
-        last = np.flatnonzero(bits < 32)
-        first = np.concatenate([[0], last + 1])
-        length = np.diff(first)
-        is_whole = first[-1] == len(bits) and length.max(initial=0) <= 6
-        if not is_whole or (bits < 0).any() or (bits > 63).any():
-            raise ValueError("counts that are not a run-length code")
-        # The sum of a number's bits, each in its place. The highest bit is the sign.
-        place = 5 * (np.arange(len(bits)) - np.repeat(first[:-1], length))
-        runs = np.add.reduceat((bits & 31) << place, first[:-1])
+        for listed, most in zip(counts, pixels, strict=True):
+            if isinstance(listed, list):
+                are_numbers = {int}.issuperset(map(type, listed))
+                if not are_numbers or min(listed, default=0) < 0 or max(listed, default=0) > most:
+                    raise ValueError("counts that are not the lengths of runs")
+        parts = [
+            _runs([code])[0] if type(c) in (str, bytes) else np.array(c, dtype=np.int64)
+            for c, code in zip(counts, codes, strict=True)
+        ]
+        runs, lengths = np.concatenate(parts), np.array([*map(len, parts)])
+    sums, ends = np.append(0, runs.cumsum()), lengths.cumsum()
+    if (runs < 0).any() or (sums[ends] - sums[ends - lengths] != pixels).any():
+        raise ValueError(f"counts that do not add up to its {pixels[0]} pixels")
+    return runs, lengths
+
+
+def _runs_of_texts(counts: list[str | bytes]) -> tuple[np.ndarray, np.ndarray]:
+    texts = [c.encode(errors="xmlcharrefreplace") if isinstance(c, str) else c for c in counts]
+    bits = np.frombuffer(b"".join(texts), dtype=np.uint8).astype(np.int64) - 48
+    # Where each number ends and starts, and how many characters it has (at most 6).
+    last = np.flatnonzero(bits < 32)
+    first = np.append(0, last + 1)
+    length, ends = np.diff(first), np.cumsum([*map(len, texts)])  # of texts
+    is_whole = (bits[ends[ends > 0] - 1] < 32).all() and length.max(initial=0) <= 6
+    if not is_whole or (bits < 0).any() or (bits > 63).any():
+        raise ValueError("counts that are not a run-length code")
+    # The sum of a number's bits, each in its place. The highest bit is the sign.
+    runs = np.zeros(0, dtype=np.int64)
+    if len(last):
+        runs = np.add.reduceat((bits & 31) << 5 * _places(length), first[:-1])
         runs -= (bits[last] & 16) << (5 * length - 4)
-        # From differences to runs.
-        runs[1::2] = runs[1::2].cumsum()
-        runs[2::2] = runs[2::2].cumsum()
-    if (runs < 0).any() or runs.sum() != pixels:
-        raise ValueError(f"counts that do not add up to its {pixels} pixels")
-    return runs
+    # From differences to runs: sums over every second one of a text, without those before it.
+    lengths = np.diff(np.searchsorted(first, ends), prepend=0)
+    place = _places(lengths)
+    for start in (1, 2):
+        chosen = (place >= start) & (place % 2 == start % 2)
+        sums, is_start = runs[chosen].cumsum(), place[chosen] == start
+        before = (sums - runs[chosen])[is_start]
+        runs[chosen] = sums - before[is_start.cumsum() - 1]
+    return runs, lengths
+
+
+def _places(lengths: np.ndarray) -> np.ndarray:
+    """0, 1, 2 ... of each of several sequences, one after the other."""
+    return np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
 
 
 def decode_mask(code: dict) -> np.ndarray:
@@ -448,19 +613,6 @@ def decode_mask(code: dict) -> np.ndarray:
     height, width = code["size"]
     runs = run_lengths(code)
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
-
-
-def _code_extents(code: dict) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom of the mask of a run-length code; zeros if it has no pixel."""
-    runs, height = run_lengths(code), code["size"][0]
-    ends, runs = runs.cumsum()[1::2], runs[1::2]
-    first, last = (ends - runs)[runs > 0], ends[runs > 0] - 1  # pixels of each run that is on
-    if not len(first):
-        return 0, 0, 0, 0
-    top, bottom = (first % height).min(), (last % height).max()
-    if (first // height < last // height).any():  # from one column into the next
-        top, bottom = 0, height - 1
-    return first[0] // height, top, last[-1] // height + 1, bottom + 1
 
 
 def encode_mask(

@@ -14,6 +14,7 @@ import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from reprlib import repr as short_repr
 from typing import Any, Literal
 
 import numpy as np
@@ -25,10 +26,20 @@ from tqdm import tqdm
 
 from . import distributed
 from .cityscapes_eval import cityscapes_table
-from .coco import encode_mask, run_lengths
+from .coco import (
+    IMAGE,
+    Faults,
+    are_boxes,
+    are_finite,
+    check_entries,
+    check_ids_of,
+    check_lists,
+    encode_mask,
+    image_sizes,
+)
 from .config import Config
 from .data import CocoDataset, make_test_loader
-from .errors import UserError
+from .errors import UserError, printable
 from .files import WriteError, check_writable, write_text
 from .model import CondInst, Instances
 
@@ -52,8 +63,14 @@ COLUMNS = {
 }
 
 
+SHAPES = {"bbox": "bbox", "segm": "segmentation"}  # the field that each kind of IoU compares
+
+
 class EvaluationError(UserError):
     """Results and ground truth that do not go together. The message is one line for the user."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class NoMasksError(EvaluationError):
@@ -86,9 +103,9 @@ def to_coco_results(
 
 
 def require_masks(coco: dict[str, Any], name: str = "the ground truth") -> None:
-    """Raise NoMasksError unless every annotation has a non-empty "segmentation"."""
+    """Raise NoMasksError unless every annotation has a "segmentation"."""
     annotations = coco["annotations"]
-    missing = [a.get("id", i) for i, a in enumerate(annotations) if not _has_mask(a)]
+    missing = [annotation["id"] for annotation in annotations if not annotation.get("segmentation")]
     if missing:
         lack = f"lacks them for {len(missing)} of {len(annotations)} annotations (id {missing[0]})"
         if len(missing) == len(annotations):
@@ -100,14 +117,19 @@ def require_masks(coco: dict[str, Any], name: str = "the ground truth") -> None:
 
 def require_void(coco: dict[str, Any], name: str = "the ground truth") -> None:
     """Raise EvaluationError unless every image has the region that Cityscapes ignores."""
-    for image in coco["images"]:
-        where = f"{name}: image id {image['id']}"
-        if not image.get("void"):
-            raise EvaluationError(
-                f"{where} has no field 'void', the region that Cityscapes ignores: make the file"
-                " with python -m boxteacher.tools.convert cityscapes, or use --metric coco"
-            )
-        _check_code(image["void"], (image["height"], image["width"]), f"{where}: void")
+    faults = Faults(name, EvaluationError)
+    remedy = (
+        "make the file with python -m boxteacher.tools.convert cityscapes, or use --metric coco"
+    )
+
+    def problem(image: dict) -> str:
+        lack = "is missing, the region that Cityscapes ignores"
+        return "" if image.get("void") else f"{lack}; {remedy}"
+
+    images = faults.sift(IMAGE, coco["images"], "void", problem)
+    sizes = np.array([(image["width"], image["height"]) for image in images]).reshape(-1, 2)
+    faults.masks(IMAGE, images, "void", sizes, remedy)
+    faults.raise_any()
 
 
 def lacks_masks(dataset: CocoDataset) -> list[str]:
@@ -138,28 +160,35 @@ def evaluate_coco(
     per image *and class*, as in pycocotools. An annotation without "area" gets its mask's area (its
     box's, if it has no mask). The arguments are not changed.
 
-    Raises NoMasksError for "segm" without true masks. Raises EvaluationError for an unknown image
-    or category, a missing predicted mask, or a mask that does not fit its image. Messages call the
-    ground truth `name`.
+    Raises NoMasksError for "segm" without true masks. Raises EvaluationError for all that is wrong
+    in the ground truth (but its boxes may lie anywhere, and files may lack names), and for results
+    with an unknown image or category, fields of a wrong type, or a mask that does not fit its
+    image. Messages call the ground truth `name`.
 
     Differs from `COCOeval.summarize()`, whose headline AP is at 100 detections whatever the limit.
     """
+    faults = Faults(name, EvaluationError)
+    check_lists(coco, faults)
+    check_entries(coco, faults)
+    iou_types = ("segm",) if metric == "cityscapes" else iou_types
     if "segm" in iou_types:
         require_masks(coco, name)
-    _check_results(coco, results, name, with_masks="segm" in iou_types)
+    if metric == "cityscapes":
+        require_void(coco, name)
+    _check_results(coco, results, name, iou_types)
     class_names = {c["id"]: c["name"] for c in coco["categories"]}
 
     tables = {}
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports every step
-        truth = _ground_truth(coco, name)
+        truth = _ground_truth(coco)
         if metric == "cityscapes":
-            require_void(coco, name)
             return {"segm": cityscapes_table(truth, results)}
         for iou_type in iou_types:
             # Given boxes and masks, loadRes would take the boxes' areas for the masks'.
-            shape = {"bbox": "bbox", "segm": "segmentation"}[iou_type]
-            keys = ("image_id", "category_id", "score", shape)
+            keys = ("image_id", "category_id", "score", SHAPES[iou_type])
             found = [{key: result[key] for key in keys} for result in results]
+            if iou_type == "segm":
+                found = [result | {"segmentation": truth.annToRLE(result)} for result in found]
             detections = truth.loadRes(found) if found else COCO()  # loadRes needs one or more
 
             evaluation = FastCOCOeval(truth, detections, iou_type)
@@ -230,11 +259,12 @@ def format_table(result: dict[str, dict[str, Any]]) -> str:
     }
     class_names = list(next(iter(shown.values()), {}))
     if len(class_names) > 1:
-        width = max(len(class_name) for class_name in [*class_names, "class"])
+        shown_names = {name: printable(name, 40) for name in class_names}
+        width = max(map(len, [*shown_names.values(), "class"]))
         lines += ["", f"{'class':<{width}}" + "".join(f"{title:>11}" for title in shown)]
         for class_name in class_names:
             cells = "".join(f"{_cell(values[class_name]):>11}" for values in shown.values())
-            lines.append(f"{class_name:<{width}}{cells}")
+            lines.append(f"{shown_names[class_name]:<{width}}{cells}")
     return "\n".join(lines)
 
 
@@ -264,66 +294,75 @@ def box_baselines(coco: dict[str, Any], kind: Literal["box", "ellipse"]) -> list
 # --- the ground truth for pycocotools, and what it does not check ---------------------------------
 
 
-def _has_mask(annotation: dict[str, Any]) -> bool:
-    segmentation = annotation.get("segmentation")
-    if isinstance(segmentation, dict):
-        return bool(segmentation.get("counts"))
-    return bool(segmentation) and any(segmentation)
-
-
-def _ground_truth(coco: dict[str, Any], name: str) -> COCO:
+def _ground_truth(coco: dict[str, Any]) -> COCO:
     """A copy with an area and a crowd flag for every annotation.
 
     Ids are counted anew from 1: COCOeval writes "matched with id" and takes 0 for "not matched".
     """
+    truth = COCO()
     annotations = [
-        annotation | {"id": i, "iscrowd": annotation.get("iscrowd", 0)}
+        annotation | {"id": i, "iscrowd": int(bool(annotation.get("iscrowd")))}
         for i, annotation in enumerate(coco["annotations"], start=1)
     ]
-    truth, sizes = COCO(), _image_sizes(coco)
     truth.dataset = {"info": {}} | coco | {"annotations": annotations}  # loadRes may read "info"
     truth.createIndex()
-    for original, annotation in zip(coco["annotations"], annotations, strict=True):
-        area = annotation["bbox"][2] * annotation["bbox"][3]
-        if _has_mask(annotation):
-            if isinstance(annotation["segmentation"], dict):
-                where = f"{name}: annotation {original.get('id')}"
-                _check_code(annotation["segmentation"], sizes[annotation["image_id"]], where)
-            area = float(rle_codec.area(truth.annToRLE(annotation)))
+    for annotation in annotations:
         if annotation.get("area") is None:
-            annotation["area"] = area
+            annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
+            if annotation.get("segmentation"):
+                annotation["area"] = float(rle_codec.area(truth.annToRLE(annotation)))
     return truth
 
 
 def _check_results(
-    coco: dict[str, Any], results: list[dict[str, Any]], name: str, with_masks: bool
+    coco: dict[str, Any], results: list[dict[str, Any]], name: str, iou_types: Sequence[str]
 ) -> None:
-    sizes = _image_sizes(coco)
-    category_ids = {category["id"] for category in coco["categories"]}
-    for i, result in enumerate(results):
-        image_id, category_id = result["image_id"], result["category_id"]
-        if image_id not in sizes:
-            raise EvaluationError(f"results[{i}]: image_id {image_id} is not in {name}")
-        if category_id not in category_ids:
-            raise EvaluationError(f"results[{i}]: category_id {category_id} is not in {name}")
-        if with_masks and not result.get("segmentation"):
-            raise EvaluationError(f'results[{i}]: no "segmentation"; mask AP needs predicted masks')
-        if with_masks:
-            _check_code(result["segmentation"], sizes[image_id], f"results[{i}]")
+    """Raise EvaluationError unless all fields that count have the right type and range."""
+    faults = Faults(f"results for {name}", EvaluationError)
+    if not isinstance(results, list):
+        what = f"are a {type(results).__name__}; give COCO's list of results"
+        raise EvaluationError(f"{faults.name} {what}")
+    bad = [i for i, result in enumerate(results) if not isinstance(result, dict)]
+    if bad:
+        text = f"is not an object, but {short_repr(results[bad[0]])}; correct it"
+        faults.add([f"results[{i}]" for i in bad[:5]], text, len(bad))
+    faults.raise_any()
+
+    def where(result: dict) -> str:
+        return f"results[{next(i for i, other in enumerate(results) if other is result)}]"
+
+    found = check_ids_of(coco, results, where, faults)
+    found = faults.sift(where, found, "score", _score_problem, are_finite)
+    if "bbox" in iou_types:
+        found = faults.sift(where, found, "bbox", _box_problem, _are_boxes)
+    if "segm" in iou_types:
+        found = faults.sift(where, found, "segmentation", _no_mask_problem)
+        sizes = image_sizes(coco, found)
+        faults.masks(where, found, "segmentation", sizes, "correct it")
+    faults.raise_any()
 
 
-def _check_code(code: dict[str, Any], size: tuple[int, int], where: str) -> None:
-    """pycocotools gives masks of another size an IoU of -1, so that AP would just be low. It never
-    returns from runs that do not fill their image."""
-    if tuple(code["size"]) != size:
-        raise EvaluationError(
-            f"{where}: segmentation.size is {list(code['size'])}, but its image's (height, width) "
-            f"is {list(size)}"
-        )
-    try:
-        run_lengths(code)
-    except ValueError as error:
-        raise EvaluationError(f"{where}: segmentation has {error}") from None
+def _score_problem(result: dict) -> str:
+    if are_finite([value := result.get("score")]):
+        return ""
+    return f"must be a finite number, found {short_repr(value)}; correct it"
+
+
+def _box_problem(result: dict) -> str:
+    if _are_boxes([box := result.get("bbox")]):
+        return ""
+    form = "four finite numbers [x, y, width, height], the last two 0 or more"
+    return f"must be {form}, found {short_repr(box)}; correct it"
+
+
+def _are_boxes(boxes: list) -> bool:
+    return are_boxes(boxes) and min((min(box[2:]) for box in boxes), default=0) >= 0
+
+
+def _no_mask_problem(result: dict) -> str:
+    is_none = (mask := result.get("segmentation")) is None
+    is_empty = isinstance(mask, (list, dict)) and not mask
+    return "is missing or empty; mask AP needs predicted masks" if is_none or is_empty else ""
 
 
 def _image_sizes(coco: dict[str, Any]) -> dict[int, tuple[int, int]]:
@@ -376,8 +415,6 @@ def evaluate_dataset(
     Before it predicts, it raises WriteError if the results could not be written. If the disk gets
     full after that, it prints the tables and then raises WriteError.
     """
-    if cfg.metric == "cityscapes":
-        require_void(dataset.coco, dataset.name)
     if distributed.is_main():
         check_writable(results_path)
     results = predict_dataset(model, dataset, device, cfg.workers)

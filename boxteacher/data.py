@@ -166,8 +166,8 @@ class Ragged(Sequence):
 
 
 def pack(numbers: np.ndarray) -> tuple[np.ndarray, int]:
-    """float64 -> (packed, unit), where packed / unit == numbers: int32 if all are whole hundredths,
-    like COCO's polygons, else float64."""
+    """float64 -> (packed, unit), where packed / unit == numbers: uint16 or int32 if all are whole
+    hundredths, like COCO's polygons, else float64."""
     packed = np.empty(len(numbers), dtype=np.int32)
     for start in range(0, len(numbers), 1 << 20):  # few at a time save memory
         part = numbers[start : start + (1 << 20)]
@@ -175,7 +175,8 @@ def pack(numbers: np.ndarray) -> tuple[np.ndarray, int]:
         if (hundredths / 100 != part).any() or abs(hundredths).max() >= 2**31:
             return numbers, 1
         packed[start : start + (1 << 20)] = hundredths
-    return packed, 100
+    is_small = packed.min(initial=0) >= 0 and packed.max(initial=0) < 2**16
+    return packed.astype(np.uint16) if is_small else packed, 100
 
 
 class Item(NamedTuple):
@@ -220,12 +221,17 @@ class CocoDataset(Dataset):
 
         # The annotations that count, image by image, and their boxes: xyxy within the image.
         number_of = {image["id"]: number for number, image in enumerate(coco["images"])}
+        label_of = {category_id: label for label, category_id in enumerate(self.classes.ids)}
         annotations = [a for a in coco["annotations"] if not a.get("iscrowd")]
         of_image = np.array([number_of[a["image_id"]] for a in annotations], dtype=int)
         boxes = np.array([a["bbox"] for a in annotations], dtype=float).reshape(-1, 4)
+        labels = np.array([label_of[a["category_id"]] for a in annotations], dtype=np.int64)
+        ids = np.array([annotation["id"] for annotation in annotations], dtype=np.int64)
+        segmentations = [a.get("segmentation") or [] for a in annotations]
         order = np.argsort(of_image, kind="stable")
         order = order[(boxes[order, 2:] > 0).all(1)]
-        annotations, boxes = [annotations[i] for i in order.tolist()], boxes[order]
+        boxes, labels, ids = boxes[order], labels[order], ids[order]
+        segmentations = [segmentations[i] for i in order.tolist()]
         counts = np.bincount(of_image[order], minlength=len(number_of))
         images = [image for image, n in zip(coco["images"], counts, strict=True) if n or not train]
         counts = counts[counts > 0] if train else counts
@@ -233,15 +239,13 @@ class CocoDataset(Dataset):
         self.sizes = np.array(sizes, dtype=np.int64).reshape(-1, 2)
         boxes[:, 2:] += boxes[:, :2]
         boxes = boxes.clip(0, np.repeat(self.sizes[:, [1, 0, 1, 0]], counts, axis=0))
-        label_of = {category_id: label for label, category_id in enumerate(self.classes.ids)}
-        labels = np.array([label_of[a["category_id"]] for a in annotations], dtype=np.int64)
 
         # What training does not see.
-        bare = [a["id"] for a in annotations if not a.get("segmentation")]
+        bare = [k for k, mask in enumerate(segmentations) if not mask]
         if mask_centers and bare:
             raise DataError(
-                f"{self.name}: annotation id {bare[0]}: field 'segmentation' is missing or empty"
-                f" (like {len(bare)} of {len(annotations)}); condinst needs masks: add them, or use"
+                f"{self.name}: annotation id {ids[bare[0]]}: field 'segmentation' is missing or"
+                f" empty (like {len(bare)} of {len(ids)}); condinst needs masks: add them, or use"
                 " boxteacher or boxinst"
             )
         if train:
@@ -252,9 +256,8 @@ class CocoDataset(Dataset):
         names = [image["file_name"].encode(errors="surrogatepass") for image in images]
         self.file_names = Ragged(np.frombuffer(b"".join(names), np.uint8), [*map(len, names)])
         self.boxes, self.labels = Ragged(boxes, counts), Ragged(labels, counts)
-        ids = np.array([annotation["id"] for annotation in annotations], dtype=np.int64)
         self.annotation_ids = Ragged(ids, counts)
-        self._pack_masks([a.get("segmentation") or [] for a in annotations], counts)
+        self._pack_masks(segmentations, counts)
 
     def _tell_what_is_left_out(self, coco: dict, num_images: int, labels: np.ndarray) -> None:
         total, crowds = (

@@ -73,7 +73,8 @@ def doubts(
     ids: list[int], boxes: np.ndarray, extents: np.ndarray, sizes: np.ndarray, areas: np.ndarray
 ) -> list[str]:
     """A line for each kind of what can hardly be meant. areas [A]: "area", NaN where absent."""
-    corners, has_mask = forms(boxes, sizes)[AS_IS], ~np.isnan(extents[:, 0])
+    corners = np.hstack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]])
+    has_mask = ~np.isnan(extents[:, 0])
     is_fit = fits(corners, extents, sizes)
     notes = []
 

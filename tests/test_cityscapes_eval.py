@@ -230,10 +230,14 @@ def test_the_table_shows_both_numbers_of_each_class():
 def test_a_file_without_void_or_masks_is_refused(tmp_path):
     coco, results = make_files(tmp_path, [random_scene(np.random.default_rng(0))])
     del coco["images"][0]["void"]
-    with pytest.raises(EvaluationError, match=r"image id 1 has no field 'void'.*convert cityscap"):
+    with pytest.raises(
+        EvaluationError, match=r"image id 1: field 'void' is missing.*convert cityscap"
+    ):
         evaluate_coco(coco, results, 100, name="val.json", metric="cityscapes")
     coco["images"][0]["void"] = {"size": [2, 2], "counts": [4]}
-    with pytest.raises(EvaluationError, match=r"val\.json: image id 1: void: segmentation\.size"):
+    with pytest.raises(
+        EvaluationError, match=r"val\.json: image id 1: field 'void' has size \[2, 2\]"
+    ):
         evaluate_coco(coco, results, 100, name="val.json", metric="cityscapes")
     del coco["annotations"][0]["segmentation"]
     with pytest.raises(NoMasksError):

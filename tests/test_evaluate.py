@@ -145,7 +145,7 @@ def test_the_metric_is_chosen_and_the_tables_are_a_file(last, monkeypatch, capsy
     tables = json.loads((tmp_path / "last_teacher_tables.json").read_text())
     assert tables["metric"] == "voc"
     assert set(tables["segm"]["per_class"]) == set(tables["bbox"]["per_class"])
-    with pytest.raises(EvaluationError, match="no field 'void'"):  # the shapes have none
+    with pytest.raises(EvaluationError, match="field 'void' is missing"):  # the shapes have none
         run(monkeypatch, capsys, "--checkpoint", last, "--metric=cityscapes", "--out", tmp_path)
 
 

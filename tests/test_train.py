@@ -461,7 +461,7 @@ def test_condinst_says_that_it_needs_masks(files, tmp_path):
         (["shapes", "--mode", "boxteachr"], ["mode", "'boxteachr'", "nearest is boxteacher"]),
         (["shapes", "--lr", "fast"], ["lr", "number", "'fast'"]),
         (["shapes", "--out", "nowhere", "--resume"], ["nowhere", "last.pt"]),
-        ([*TINY, "--metric", "cityscapes"], ["shapes: image id 1 has no field 'void'"]),
+        ([*TINY, "--metric", "cityscapes"], ["shapes: image id 1: field 'void' is missing"]),
         (["--out", "nowhere", "--resume"], ["nowhere", "last.pt"]),
         ([*TINY, "--out", "new", "--init", "missing.pt"], ["missing.pt", "no such checkpoint"]),
     ],
