@@ -26,21 +26,12 @@ from tqdm import tqdm
 
 from . import distributed
 from .cityscapes_eval import cityscapes_table
-from .coco import (
-    IMAGE,
-    Faults,
-    are_boxes,
-    are_finite,
-    check_entries,
-    check_ids_of,
-    check_lists,
-    encode_mask,
-    image_sizes,
-)
+from .coco import IMAGE, Faults, are_boxes, check_entries, check_ids_of, check_lists, image_sizes
 from .config import Config
 from .data import CocoDataset, make_test_loader
 from .errors import UserError, printable
 from .files import WriteError, check_writable, write_text
+from .masks import are_finite, encode_mask
 from .model import CondInst, Instances
 
 # The columns of a table: lowest and highest IoU threshold, and COCO's range of areas (0: all)

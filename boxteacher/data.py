@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .coco import DataError, check_size, for_large_data, image_loader, read_coco, run_lengths
+from .coco import DataError, check_size, for_large_data, image_loader, read_coco
 from .config import Config, ConfigError, is_due
+from .masks import run_lengths
 from .shapes import load_shapes_image, make_shapes_coco
 from .transforms import Geometry, View, draw_view, resized_size
 

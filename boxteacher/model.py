@@ -22,11 +22,12 @@ from torchvision.ops import box_iou, clip_boxes_to_image
 
 from . import fcos, losses, mask_head
 from .backbone import NORMS, SWINS, Backbone, MobileNetV2, ResNet, Swin, without_drop_path
-from .coco import encode_mask, stretch_contrast
+from .coco import stretch_contrast
 from .config import Config
 from .data import Batch
 from .distributed import reduce_mean
 from .mask_head import MaskBranch
+from .masks import encode_mask
 from .metrics import lost_box_metrics, pseudo_mask_metrics
 from .pseudo_labels import assign_to_boxes, mask_aware_scores, take_assigned
 from .transforms import View, resized_size
@@ -54,7 +55,7 @@ class Instances(NamedTuple):
     boxes: Tensor  # [D, 4] xyxy
     scores: Tensor  # [D]
     labels: Tensor  # [D] 0..C-1
-    masks: list[dict]  # D run-length codes. `coco.decode_mask` makes bool [h, w] of each
+    masks: list[dict]  # D run-length codes. `masks.decode_mask` makes bool [h, w] of each
 
 
 class Encoded(NamedTuple):
@@ -286,7 +287,7 @@ class CondInst(nn.Module):
         in pixels of `output_sizes`. Empty boxes are dropped.
 
         A mask is a run-length code in COCO's format, {"size": [h, w], "counts": text}, because most
-        of the pixels are empty. `coco.decode_mask(code)` is the full mask, bool [h, w].
+        of the pixels are empty. `masks.decode_mask(code)` is the full mask, bool [h, w].
 
         In mode boxteacher the score is sqrt(c * mean probability of the mask's foreground), 0 for
         an empty mask, with c the detection's score. In the other modes it is c. (The score of

@@ -17,7 +17,7 @@ from PIL import Image
 from pycocotools import mask as rle_codec
 from torch import Tensor
 
-from .coco import decode_mask
+from .masks import decode_mask
 
 # --- geometry -------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor
 
-from .coco import decode_mask, run_lengths
+from .masks import decode_mask, run_lengths
 
 Color = tuple[int, int, int]  # RGB, 0..255
 Box = tuple[int, int, int, int]  # left, top, right, bottom: its outermost pixels

@@ -9,13 +9,13 @@ from PIL import Image
 from test_convert import cityscapes_image
 from test_train import NETWORK, train
 
-from boxteacher.coco import encode_mask
 from boxteacher.coco_eval import (
     EvaluationError,
     NoMasksError,
     evaluate_coco,
     format_table,
 )
+from boxteacher.masks import encode_mask
 from boxteacher.tools import convert
 from boxteacher.tools.formats import CITYSCAPES
 

@@ -11,7 +11,6 @@ from pycocotools import mask as rle_codec
 from pycocotools.cocoeval import COCOeval
 
 from boxteacher import coco_eval
-from boxteacher.coco import decode_mask, encode_mask
 from boxteacher.coco_eval import (
     EvaluationError,
     NoMasksError,
@@ -21,6 +20,7 @@ from boxteacher.coco_eval import (
     require_masks,
     to_coco_results,
 )
+from boxteacher.masks import decode_mask, encode_mask
 from boxteacher.model import Instances
 
 SIZE = 64

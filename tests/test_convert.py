@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from boxteacher.coco import DataError, decode_mask, image_loader, read_coco
+from boxteacher.coco import DataError, image_loader, read_coco
 from boxteacher.config import ConfigError
 from boxteacher.data import CocoDataset
+from boxteacher.masks import decode_mask
 from boxteacher.tools import convert
 from boxteacher.transforms import Geometry
 

@@ -20,16 +20,9 @@ from PIL import Image
 from pycocotools import mask as rle_codec
 
 from boxteacher import data, transforms
-from boxteacher.coco import (
-    DataError,
-    check_coco,
-    decode_mask,
-    image_loader,
-    read_coco,
-    run_lengths,
-    stretch_contrast,
-)
+from boxteacher.coco import DataError, check_coco, image_loader, read_coco, stretch_contrast
 from boxteacher.config import Config
+from boxteacher.masks import decode_mask, run_lengths
 from boxteacher.presets import from_preset
 from boxteacher.transforms import Geometry, View, augment, draw_view
 

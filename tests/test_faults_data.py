@@ -27,10 +27,11 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from boxteacher.coco import encode_mask, image_loader, mask_extents, read_coco, run_lengths
+from boxteacher.coco import image_loader, read_coco
 from boxteacher.coco_eval import EvaluationError, evaluate_coco, format_table
 from boxteacher.data import Classes, CocoDataset, Ragged, collate, match_classes, pack
 from boxteacher.errors import UserError
+from boxteacher.masks import encode_mask, mask_extents, run_lengths
 from boxteacher.plausible import AS_IS, CENTERS, CORNERS, doubts, fits, forms, likely_form
 from boxteacher.transforms import Geometry
 

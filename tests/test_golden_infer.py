@@ -11,7 +11,7 @@ import torch
 from golden.compare import SOURCES, assert_summary, load, match, unpack
 from golden.synthetic import inference_image, synthetic_model
 
-from boxteacher.coco import decode_mask
+from boxteacher.masks import decode_mask
 from boxteacher.model import CondInst
 
 # One network each, except for R-50: the other differs in numbers only, and costs 10 s.

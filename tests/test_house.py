@@ -38,17 +38,18 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     # data
     "distributed": ({"torch"}, {"errors"}),
     "plausible": ({"numpy"}, set()),
-    "coco": ({"numpy", "PIL", "pycocotools"}, {"errors", "plausible"}),
-    "transforms": ({"torch", "torchvision", "numpy", "PIL", "pycocotools"}, {"coco"}),
+    "masks": ({"numpy", "pycocotools"}, set()),
+    "coco": ({"numpy", "PIL"}, {"errors", "masks", "plausible"}),
+    "transforms": ({"torch", "torchvision", "numpy", "PIL", "pycocotools"}, {"masks"}),
     "data": (
         {"torch", "numpy"},
-        {"coco", "config", "shapes", "transforms"},
+        {"coco", "config", "masks", "shapes", "transforms"},
     ),
     # the method
     "metrics": ({"torch"}, {"data"}),
     "model": (
         {"torch", "torchvision", "numpy"},
-        ALONE | {"coco", "config", "data", "distributed", "metrics", "transforms"},
+        ALONE | {"coco", "config", "data", "distributed", "masks", "metrics", "transforms"},
     ),
     # around it
     "checkpoint": ({"torch", "numpy"}, {"config", "errors", "files", "model"}),
@@ -60,11 +61,12 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "cityscapes_eval": ({"numpy", "pycocotools"}, set()),
     "coco_eval": (
         {"torch", "numpy", "pycocotools", "tqdm"},
-        {"cityscapes_eval", "coco", "config", "data", "distributed", "errors", "files", "model"},
+        {"cityscapes_eval", "coco", "config", "data", "distributed", "errors", "files", "masks"}
+        | {"model"},
     ),
     "guard": ({"torch"}, {"distributed", "errors"}),
     "traps": (set(), {"config"}),
-    "visualize": ({"torch", "numpy", "PIL"}, {"coco"}),
+    "visualize": ({"torch", "numpy", "PIL"}, {"masks"}),
     "reporting": (
         {"torch", "torchvision.ops", "tqdm", "PIL"},
         {"config", "data", "distributed", "files", "model", "pseudo_labels", "traps"}

@@ -15,13 +15,13 @@ from pycocotools.coco import COCO
 
 import train
 from boxteacher.checkpoint import load_checkpoint, save_checkpoint
-from boxteacher.coco import decode_mask
 from boxteacher.command_line import parse
 from boxteacher.config import ConfigError
 from boxteacher.data import collate, make_val_set
 from boxteacher.fcos import Detections, make_locations
 from boxteacher.losses import box_masks
 from boxteacher.mask_head import aligned_upsample
+from boxteacher.masks import decode_mask
 from boxteacher.model import Encoded, build_model
 from boxteacher.tools import given_boxes, label, study
 from boxteacher.tools.given_boxes import Looks, label_image, window

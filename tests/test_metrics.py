@@ -11,8 +11,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from test_coco_eval import make_coco, make_result, reference_ap, uncompressed_rle
 
-from boxteacher.coco import decode_mask, encode_mask, read_coco
+from boxteacher.coco import read_coco
 from boxteacher.coco_eval import evaluate_coco, format_table
+from boxteacher.masks import decode_mask, encode_mask
 
 COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 

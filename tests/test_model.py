@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torchvision.ops import box_iou
 
 from boxteacher import fcos, losses
-from boxteacher.coco import decode_mask
 from boxteacher.config import Config
 from boxteacher.data import Batch
 from boxteacher.mask_head import aligned_upsample, dynamic_mask_logits
+from boxteacher.masks import decode_mask
 from boxteacher.model import PseudoMasks, build_model, scale_boxes
 from boxteacher.presets import from_preset
 from boxteacher.shapes import make_shapes_image

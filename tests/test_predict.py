@@ -16,9 +16,10 @@ from pycocotools.coco import COCO
 
 from boxteacher import errors, reporting
 from boxteacher.checkpoint import load_checkpoint, save_checkpoint
-from boxteacher.coco import DataError, decode_mask, encode_mask, polygons
+from boxteacher.coco import DataError
 from boxteacher.command_line import parse
 from boxteacher.config import ConfigError
+from boxteacher.masks import decode_mask, encode_mask, polygons
 from boxteacher.model import build_model
 from boxteacher.reporting import progress
 from boxteacher.shapes import CLASS_NAMES, load_shapes_image, make_shapes_coco

@@ -20,9 +20,9 @@ import torch
 from PIL import Image
 
 from boxteacher.checkpoint import load_checkpoint, load_model, save_checkpoint
-from boxteacher.coco import encode_mask
 from boxteacher.command_line import parse
 from boxteacher.data import make_val_set
+from boxteacher.masks import encode_mask
 from boxteacher.model import build_model
 from boxteacher.reporting import make_contact_sheet
 from boxteacher.shapes import make_shapes_coco, make_shapes_image

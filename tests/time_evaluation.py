@@ -12,8 +12,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from boxteacher.coco import encode_mask
 from boxteacher.coco_eval import evaluate_coco
+from boxteacher.masks import encode_mask
 
 RNG = np.random.default_rng(0)
 

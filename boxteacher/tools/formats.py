@@ -19,7 +19,8 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as rle_codec
 
-from boxteacher.coco import DataError, encode_mask, explain
+from boxteacher.coco import DataError, explain
+from boxteacher.masks import encode_mask
 
 Objects = list[dict[str, Any]]  # COCO annotations without ids: category_id, bbox, segmentation ...
 Reader = Callable[[Path, tuple[int, int], Counter], tuple[Objects, dict[str, Any]]]

@@ -39,12 +39,13 @@ from PIL import Image
 from torch import Tensor
 
 from boxteacher import errors
-from boxteacher.coco import check_size, decode_mask, encode_mask, polygons
+from boxteacher.coco import check_size
 from boxteacher.coco_eval import box_baselines
 from boxteacher.command_line import Parser
 from boxteacher.config import ConfigError, from_word
 from boxteacher.data import CocoDataset, make_val_set
 from boxteacher.files import check_writable, write_text
+from boxteacher.masks import decode_mask, encode_mask, polygons
 from boxteacher.model import CondInst
 from boxteacher.reporting import progress, say_notes
 from boxteacher.tools.common import append_line, lines_so_far, load_network, settings_of
