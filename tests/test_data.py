@@ -257,7 +257,7 @@ def encode(mask: np.ndarray, compressed: bool) -> dict:
     return {"size": list(mask.shape), "counts": counts}
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 @given(
     st.integers(1, 50),
     st.integers(1, 50),
@@ -275,7 +275,7 @@ def test_decoded_masks_are_pycocotools(height, width, share, seed):
     assert decode_mask(code).dtype == bool
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(st.lists(st.integers(0, 2**23), min_size=1, max_size=12))
 def test_long_runs_of_a_large_image(runs):
     """pycocotools has memory for six characters a run, less one in all: it breaks at 2**24."""
@@ -283,7 +283,7 @@ def test_long_runs_of_a_large_image(runs):
     assert run_lengths(code).tolist() == runs
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=50)
 @given(
     st.lists(st.lists(st.integers(-999, 999), min_size=6, max_size=6), min_size=1, max_size=3),
     st.integers(1, 50),
@@ -472,7 +472,7 @@ def views(draw) -> View:
     return View(original, resized, (top, left, h, w), draw(st.booleans()))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(views(), st.integers(0, 2**32 - 1), st.booleans())
 def test_mask_of_a_view_against_loops(view, seed, compressed):
     mask = np.random.default_rng(seed).random(view.original) < 0.5
@@ -503,7 +503,7 @@ def is_generic(view: View) -> bool:
     )
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(views(), st.integers(0, 2**32 - 1))
 def test_image_of_a_view_is_resize_then_crop_then_flip(view, seed):
     pixels = np.random.default_rng(seed).integers(0, 256, (*view.original, 3), dtype=np.uint8)
@@ -516,7 +516,7 @@ def test_image_of_a_view_is_resize_then_crop_then_flip(view, seed):
     np.testing.assert_array_equal(uncut.image(pixels), whole)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(views(), st.integers(0, 2**32 - 1))
 def test_boxes_of_a_view_against_loops(view, seed):
     rng = np.random.default_rng(seed)
@@ -573,7 +573,7 @@ def test_flipping_twice_is_the_identity():
     np.testing.assert_array_equal(view.mask(encode(view.mask(encode(mask, True)), True)), mask)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(st.integers(5, 80), st.integers(5, 80), st.integers(1, 100), st.integers(0, 10**6))
 def test_a_crop_shows_the_center_of_a_box(height, width, crop, seed):
     rng = np.random.default_rng(seed)

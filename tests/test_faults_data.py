@@ -503,9 +503,7 @@ def annotation_lists(draw: st.DrawFn) -> list[dict]:
 
 @settings(
     max_examples=60,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 @given(annotation_lists())
 def test_whatever_is_annotated_is_refused_in_one_line_or_loads_and_evaluates(tmp_path, annotations):
@@ -524,7 +522,7 @@ def test_whatever_is_annotated_is_refused_in_one_line_or_loads_and_evaluates(tmp
 # --- the check of masks, many at once -------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 3)), max_size=9))
 def test_extents_of_many_masks_are_those_of_their_pixels(draws):
     masks, sizes, wanted = [], [], []
@@ -627,7 +625,7 @@ def test_doubts_name_what_hardly_can_be_meant():
 # --- buffers --------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(st.lists(st.lists(st.lists(st.integers(0, 9), max_size=4), max_size=4), max_size=6))
 def test_ragged_is_a_list_of_lists(lists):
     parts = [part for item in lists for part in item]

@@ -185,7 +185,7 @@ def centers_of(boxes):
 
 
 @given(st.lists(st.tuples(*[st.integers(0, 80)] * 4), min_size=3, max_size=3), st.integers(0, 9))
-@settings(derandomize=True, deadline=None, max_examples=12)
+@settings(max_examples=12)
 def test_assign_targets(corners, seed):
     """Boxes at multiples of 4 pixels: locations on borders, ranges met exactly, equal areas."""
     torch.manual_seed(seed)
@@ -262,7 +262,7 @@ def slow_best(groups, quality, limit):
     st.integers(1, 20),
     st.floats(0, 1, allow_subnormal=False),
 )
-@settings(derandomize=True, deadline=None, max_examples=80)
+@settings(max_examples=80)
 def test_sample_best_locations(seed, num_boxes, limit, share):
     generator = torch.Generator().manual_seed(seed)
     groups = torch.randint(0, num_boxes, (2, 40), generator=generator)

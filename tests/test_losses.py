@@ -13,7 +13,7 @@ from torch.autograd import gradcheck
 from boxteacher import losses
 
 OFFSETS = [(dy, dx) for dy in (-2, 0, 2) for dx in (-2, 0, 2) if (dy, dx) != (0, 0)]
-few = settings(derandomize=True, deadline=None, max_examples=25)
+few = settings(max_examples=25)
 
 
 @pytest.fixture(autouse=True)
@@ -176,7 +176,7 @@ coordinates = st.one_of(
 
 
 @given(st.lists(st.tuples(*[coordinates] * 4), min_size=1, max_size=4), st.sampled_from([1, 4, 8]))
-@settings(derandomize=True, deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_box_masks(corners, stride):
     corners = [(*sorted(c[::2]), *sorted(c[1::2])) for c in corners]
     boxes = torch.tensor([[x1, y1, x2, y2] for x1, x2, y1, y2 in corners])

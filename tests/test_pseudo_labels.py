@@ -74,7 +74,7 @@ def problems(draw):
 
 
 @given(problems())
-@settings(derandomize=True, deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_assign_to_boxes(problem):
     ious, scores, iou_threshold, score_threshold = problem
     result = assign_to_boxes(*problem)
