@@ -1,5 +1,6 @@
 """label.py: every box gets a mask, from its detection or from its best location."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -232,6 +233,16 @@ def test_every_box_gets_a_mask_inside_itself(pixels, bias):
         assert rows.max() < math.ceil(y2)
         assert 0 <= mask.score <= 1
         assert bias > 0 or mask.score == 0
+
+
+def test_masks_are_cut_at_one_half_as_in_predict(model, pixels):
+    """Also after a training that had another threshold for its pseudo masks."""
+    boxes, masks = torch.tensor([[8.0, 8, 40, 40], [20, 30, 60, 62]]), []
+    for threshold in (0.5, 0.9):
+        other = copy.copy(model)
+        other.cfg = dataclasses.replace(model.cfg, mask_threshold=threshold, iou_threshold=1.0)
+        masks.append([found.mask for found in label_image(other, pixels, boxes, Looks())])
+    assert all((a == b).all() for a, b in zip(*masks, strict=True))
 
 
 # --- several looks --------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def label_image(model: CondInst, pixels: np.ndarray, boxes: Tensor, looks: Looks
             sources[g] = "detection" if has_detection else sources[g]
     masks = []
     for total, count, score, source in zip(sums, counts, scores, sources, strict=True):
-        mask = total / count > model.cfg.mask_threshold
+        mask = total / count > 0.5  # as in `predict`. mask_threshold is for the pseudo masks
         mask = mask if mask.any() else total >= total.max() / 2
         masks.append(BoxMask(mask.cpu().numpy(), score / count, source))
     return masks
