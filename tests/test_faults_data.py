@@ -323,19 +323,20 @@ def cases() -> dict[str, tuple[Callable[[Path], str], str]]:
         name = f"{group} {re.sub(r'[^ -~]', '?', what)[:60]}"
         found[name + f" #{len(found)}"] = run, words
 
+    def evaluation(*arguments: object) -> Callable[[Path], str]:
+        return lambda folder: evaluate(*arguments)
+
     for path, value, words in [*TRUTH, *TRAIN, *FINE]:
         content = set_at(path, value, good_coco())
         add("load", f"{path}={value!r}", lambda folder, c=content: load(c, folder), words)
     for path, value, words in [*TRUTH, *FINE]:
         content = set_at(path, value, good_coco())
-        run = lambda folder, c=content: evaluate(c, good_results())  # noqa: E731
-        add("evaluate", f"{path}={value!r}", run, words)
+        add("evaluate", f"{path}={value!r}", evaluation(content, good_results()), words)
     for path, value, words in RESULTS:
         results = set_at(path, value, good_results())
-        run = lambda folder, r=results: evaluate(good_coco(), r)  # noqa: E731
-        add("results", f"{path}={value!r}", run, words)
+        add("results", f"{path}={value!r}", evaluation(good_coco(), results), words)
     for value in (None, {}, "results.json", 5):
-        run = lambda folder, r=value: evaluate(good_coco(), r)  # noqa: E731
+        run = evaluation(good_coco(), value)
         add("results", repr(value), run, "results for val.json are a")
     for path, value, words in VOID:
         content = good_coco()
@@ -345,8 +346,7 @@ def cases() -> dict[str, tuple[Callable[[Path], str], str]]:
             annotation["bbox"] = [0, 0, 1, 1]
         content = set_at(path, value, content)
         bare = [{k: v for k, v in result.items() if k != "bbox"} for result in good_results()]
-        run = lambda folder, c=content, r=bare: evaluate(c, r, "cityscapes")  # noqa: E731
-        add("void", f"{path}={value!r}", run, words)
+        add("void", f"{path}={value!r}", evaluation(content, bare, "cityscapes"), words)
     for text, words in TEXTS:
         add("text", repr(text), lambda folder, t=text: load(t, folder), words)
     return found
@@ -596,7 +596,10 @@ def test_each_form_undoes_what_an_export_did():
 
 def test_a_box_fits_its_mask_or_without_one_its_image():
     sizes, nothing = np.array([[100, 100]]), np.full((1, 4), NAN)
-    fit = lambda corners, extents=nothing: bool(fits(np.array([corners]), np.array(extents), sizes))  # noqa: E731
+
+    def fit(corners: list, extents: object = nothing) -> bool:
+        return bool(fits(np.array([corners]), np.array(extents), sizes))
+
     assert fit([0, 0, 103, 50])
     assert not fit([0, 0, 104, 50])
     assert not fit([9, 9, 9, 20])
