@@ -20,7 +20,6 @@ from boxteacher.shapes import make_shapes_image
 from boxteacher.transforms import View, resized_size
 
 torch.set_num_threads(1)
-torch.set_flush_denormal(True)
 
 MODES = ("condinst", "boxinst", "boxteacher")
 SIZES = [(64, 64), (50, 64), (64, 41)]  # (h, w) of the images, without their padding to 64
