@@ -39,21 +39,26 @@ from boxteacher.tools.study_tables import MEASURES, Result, is_finished, markdow
 class Run(NamedTuple):
     folder: Path
     identity: Result  # label, seed and words, with which its result begins
-    needs: Path | None  # the folder of the run that makes its masks
+    needs: list[Path]  # the folders of runs that come first
     commands: list[list[str]]  # the last but one trains
 
 
 def make_run(study: Path, configurations: dict[str, C], label: str, seed: int) -> Run:
     """Train, then compare masks given true boxes. Self-training makes its masks first."""
     configuration, folder = configurations[label], study / label.replace(" ", "_") / f"seed_{seed}"
-    identity, needs = {"label": label, "seed": seed, "words": configuration.words}, None
+    identity, needs = {"label": label, "seed": seed, "words": configuration.words}, []
     words = [*configuration.words.split(), f"--seed={seed}", f"--out={folder}"]
+    if configuration.start_from:
+        first = make_run(study, configurations, configuration.start_from, seed)
+        needs.append(first.folder)
+        identity["words"] += f" | start from: {first.identity['words']}"
+        words.append(f"--init={first.folder / 'last.pt'}")
     cfg, masks, files = parse(words), folder / "masks.json", folder / "files"
     make_masks, commands = [sys.executable, "-m", "boxteacher.tools.label"], []
     if configuration.masks_from:
-        stage1 = make_run(study, configurations, configuration.masks_from, seed)
-        needs = stage1.folder
-        identity["words"] += f" | masks from: {stage1.identity['words']}"
+        first = make_run(study, configurations, configuration.masks_from, seed)
+        needs.append(first.folder)
+        identity["words"] += f" | masks from: {first.identity['words']}"
         inputs = [f"--boxes={cfg.train_json}", f"--images={cfg.train_images}"]
         if cfg.dataset == "shapes":
             code = f"import boxteacher.tools.study as s; s.write_shapes({str(files)!r}, {words})"
@@ -61,7 +66,7 @@ def make_run(study: Path, configurations: dict[str, C], label: str, seed: int) -
             inputs = [f"--boxes={files / 'train.json'}", f"--images={files / 'train'}"]
             words += ["--dataset=coco", f"--train-images={files / 'train'}"]
             words += [f"--val-json={files / 'val.json'}", f"--val-images={files / 'val'}"]
-        inputs += [f"--checkpoint={needs / 'last.pt'}", f"--output={masks}"]
+        inputs += [f"--checkpoint={first.folder / 'last.pt'}", f"--output={masks}"]
         commands.append(make_masks + inputs)
         words.append(f"--train-json={masks}")
     commands.append([sys.executable, str(Path(__file__).parents[2] / "train.py"), *words])
@@ -128,8 +133,9 @@ def run_all(runs: list[Run], jobs: int, study: Path) -> None:
     started, pool = time.monotonic(), ThreadPoolExecutor(jobs)
 
     def attempt(run: Run) -> Result:
-        if run.needs in futures and "error" in futures[run.needs].result():
-            return run.identity | {"error": f"{run.needs} failed, so there are no masks"}
+        for folder in run.needs:
+            if folder in futures and "error" in futures[folder].result():
+                return run.identity | {"error": f"{folder} failed, which comes first"}
         return do(run, lock, children)
 
     try:
@@ -175,7 +181,8 @@ def main() -> None:
     chosen = args.only or list(configurations)
     if unknown := set(chosen) - configurations.keys():
         raise ConfigError(f"only: {unknown.pop()} is not one of {', '.join(configurations)}")
-    chosen += [configurations[label].masks_from for label in chosen]
+    for label in chosen:  # the list grows by what they need, which may need something too
+        chosen += {configurations[label].start_from, configurations[label].masks_from} - {""}
     try:
         ends = [part.partition("-") for part in args.seeds.split(",")]
         seeds = [s for low, _, high in ends for s in range(int(low), int(high or low) + 1)]
@@ -184,7 +191,7 @@ def main() -> None:
 
     study = Path("runs/study", args.name)
     study.mkdir(parents=True, exist_ok=True)
-    runs = [make_run(study, configurations, label, s) for s in seeds for label in configurations]
+    runs = [make_run(study, configurations, label, s) for label in configurations for s in seeds]
     signal.signal(signal.SIGTERM, interrupt)
     try:
         if not args.table:
