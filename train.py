@@ -234,7 +234,8 @@ def resolve_auto(cfg: Config, device: torch.device) -> Config:
 
 
 def speed_up(state: State) -> None:
-    """Memory format, TF32, compilation, and DistributedDataParallel where there are ranks."""
+    """Memory format (also of the optimizer's averages), TF32, compilation, and
+    DistributedDataParallel where there are ranks."""
     cfg, device = state.cfg, state.device
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -249,6 +250,12 @@ def speed_up(state: State) -> None:
         if cfg.compile == "on":
             varies = not cfg.crop and (cfg.dataset == "coco" or len(set(cfg.train_sizes)) > 1)
             compile_parts(network, dynamic=varies or None)  # None: torch decides
+    # Fused optimizers take a weight and its averages for equally laid out: a GPU's checks that, a
+    # CPU's mixes them up. A checkpoint of another device, say, has other layouts.
+    for weight, averages in state.optimizer.state.items():
+        for name, average in averages.items():
+            if average.shape == weight.shape:
+                averages[name] = torch.empty_like(weight).copy_(average)
     if distributed.world_size() > 1:
         ids = [device.index] if device.type == "cuda" else None
         state.model = DistributedDataParallel(state.student, device_ids=ids)

@@ -83,6 +83,29 @@ def test_a_float32_step_has_the_digits_of_float32(device):
     assert relative_error(*moved) < 2.5e-3 * tf32
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_optimizer_goes_on_in_another_memory_format(device, optimizer):
+    """As from a checkpoint of a GPU, where all is channels_last, on a CPU. torch's fused optimizers
+    would raise (GPU), or mix up weights and averages (CPU: an error of 0.5 for sgd)."""
+    words = ["--optimizer", optimizer, "--lr", "0.001", "--shapes-train", "8", "--device", device]
+    cfg = parse([*TINY, *words])
+    batch = make_batch(cfg, device)
+    plain = train.make_state(cfg, 6, torch.device(device))
+    train.train_step(plain, [batch])
+    other = copy.deepcopy(plain)
+    other.student.to(memory_format=torch.channels_last)
+    train.speed_up(other)
+    before = copy.deepcopy(plain.student.state_dict())
+    for state in (plain, other):
+        train.train_step(state, [batch])
+    moved = [
+        torch.cat([(p - before[n]).flatten() for n, p in s.student.named_parameters()])
+        for s in (other, plain)
+    ]
+    assert relative_error(*moved) < (0.1 if device == "cuda" else 0.02)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_relative_coordinates_keep_their_digits(device):
     """An instance far from the origin of a photograph, with TF32 as train.py sets it."""
