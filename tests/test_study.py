@@ -88,21 +88,27 @@ def test_differences_are_paired_over_the_seeds_that_both_have(pair):
 def test_a_study_is_made_of_command_lines_that_train_py_takes(name, tmp_path):
     configurations = {c.label: c for c in study.STUDIES[name]}
     assert len(configurations) == len(study.STUDIES[name]) > 1
-    words = [c.words + c.masks_from for c in study.STUDIES[name]]
-    assert len(set(words)) == len(words)
+    different = {(c.words, c.start_from, c.masks_from) for c in study.STUDIES[name]}
+    assert len(different) == len(configurations)
+    before = set()  # what a run needs comes before it
     for label, configuration in configurations.items():
-        assert {configuration.reference, configuration.masks_from} - {""} <= configurations.keys()
+        needed = {configuration.start_from, configuration.masks_from} - {""}
+        assert needed <= before
+        assert {configuration.reference} - {""} <= configurations.keys()
+        before.add(label)
         run = study.make_run(tmp_path, configurations, label, 3)
         *_, train, given_boxes = run.commands
         cfg = parse(train[2:])
         assert Path(train[1]) == ROOT / "train.py"
         assert (cfg.seed, cfg.out) == (3, str(run.folder))
         assert given_boxes[-1] == f"--checkpoint={run.folder / 'last.pt'}"
-        assert (run.needs is not None) == (label == "self-training")
+        first = {study.make_run(tmp_path, configurations, x, 3).folder for x in needed}
+        assert set(run.needs) == first
+        assert Path(cfg.init).parent in first if configuration.start_from else cfg.init == ""
 
 
 def test_self_training_differs_from_condinst_in_its_masks_alone(tmp_path):
-    configurations = {c.label: c for c in study.STUDIES["methods_shapes"]}
+    configurations = {c.label: c for c in study.STUDIES["shapes"]}
     runs = [study.make_run(tmp_path, configurations, x, 1) for x in ("self-training", "CondInst")]
     ours, theirs = (vars(parse(run.commands[-2][2:])) for run in runs)
     files = {"dataset", "train_json", "train_images", "val_json", "val_images", "out"}
@@ -194,12 +200,12 @@ def test_a_killed_study_goes_on_where_it_stopped(tmp_path):
     assert len(results_of(tmp_path)) == 8
 
 
-def test_self_training_learns_from_the_masks_of_the_study_s_own_boxinst(tmp_path):
+def test_self_training_starts_from_the_studys_own_boxinst_and_its_masks(tmp_path):
     """Real runs of two steps. --only brings along the run that is needed."""
     configurations = [
         ("CondInst", f"{TINY} --mode condinst"),
         ("BoxInst", f"{TINY} --mode boxinst"),
-        ("self", f"{TINY} --mode condinst", "", "BoxInst"),
+        ("self", f"{TINY} --mode condinst --mask-channels 16", "BoxInst", "BoxInst"),
     ]
     process = start(
         tmp_path, "--seeds", "0", "--only", "self", kind="real", configurations=configurations
@@ -208,7 +214,9 @@ def test_self_training_learns_from_the_masks_of_the_study_s_own_boxinst(tmp_path
     assert process.returncode == 0, (out, err)
     boxinst, self_training = results_of(tmp_path)
     assert (boxinst["label"], self_training["label"]) == ("BoxInst", "self")
-    assert self_training["words"] == f"{TINY} --mode condinst | masks from: {boxinst['words']}"
+    first = boxinst["words"]
+    words = f"{TINY} --mode condinst --mask-channels 16 | start from: {first} | masks from: {first}"
+    assert self_training["words"] == words
     for line in (boxinst, self_training):
         assert study_tables.MEASURES.keys() <= line.keys()
         assert 0 <= line["mask_ap"] <= line["mask_ap50"] <= 100
@@ -219,13 +227,14 @@ def test_self_training_learns_from_the_masks_of_the_study_s_own_boxinst(tmp_path
     assert not (folder / "files").exists()  # they are as large as the data set
     cfg = json.loads((folder / "config.json").read_text())
     assert (cfg["mode"], Path(cfg["train_json"]).name) == ("condinst", "masks.json")
+    assert Path(cfg["init"]) == Path("runs/study/tiny/BoxInst/seed_0/last.pt")
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["score", "--only", "none"], "only: none is not one of mask-aware, detection"),
-        (["score", "--seeds", "one"], "seeds: give 0-4 or 0,1,2 and the like, not one"),
+        (["shapes", "--only", "none"], "only: none is not one of BoxInst, first part, BoxInst"),
+        (["shapes", "--seeds", "one"], "seeds: give 0-4 or 0,1,2 and the like, not one"),
     ],
 )
 def test_errors_are_one_line(words, message, monkeypatch, tmp_path):
