@@ -83,7 +83,7 @@ def peak_rate(dtype: torch.dtype, device: torch.device) -> float:
     """FLOP/s that this machine reaches: the best of products and 3x3 convolutions of several sizes,
     each at the best of some calls."""
     on_gpu = device.type == "cuda"
-    images, sides = (16, (4096, 8192)) if on_gpu else (2, (512, 1024))
+    images, sides = (16, (4096, 8192)) if on_gpu else (1, (512, 1024))
     work: list[tuple[int, Callable]] = []
     for n in sides:
         a, b = torch.randn(2, n, n, device=device).to(dtype)
@@ -95,7 +95,7 @@ def peak_rate(dtype: torch.dtype, device: torch.device) -> float:
             x, weight = (t.to(dtype, memory_format=layout) for t in (x, weight))
             work.append((2 * x.numel() * 9 * channels, partial(F.conv2d, x, weight, padding=1)))
     repeat = 10 if on_gpu else 1
-    return max(flop / min(time_each(run, 5, 2, device, repeat)).seconds for flop, run in work)
+    return max(flop / min(time_each(run, 3, 1, device, repeat)).seconds for flop, run in work)
 
 
 # --- our program ----------------------------------------------------------------------------------
