@@ -209,6 +209,9 @@ def problems(config: Config) -> Iterator[str]:
     if c.freeze_at > 2:
         yield f"freeze_at must be 0, 1 or 2, got {c.freeze_at}"
 
+    if c.dataset == "shapes" and c.shapes_size < 64:
+        yield f"shapes_size must be 64 or more, got {c.shapes_size}"
+
     # sizes of images: a limit on the long side must not be less than the short side
     if min(c.train_sizes, default=0) < 1:
         yield "train_sizes must be short sides of 1 pixel or more"

@@ -5,18 +5,18 @@ Shapes: a filled box, or the ellipse inscribed in it, is a poor mask for a rotat
 crescent, a cross, a triangle or a lobed blob (tests measure both baselines).
 
 Colors: BoxInst (arXiv 2012.02310, section 3.2) pulls neighbors of similar color into one mask. The
-table says how often that is right, for 300 training images at their 160 pixels and for COCO's val
+table says how often that is right, for 300 training images at their 192 pixels and for COCO's val
 photographs at 800 (`python -m boxteacher.tools.inspect --statistics shapes`):
 
     of the pairs inside a box, in percent                  here     COCO
-    across the mask's outline, look alike (leaks)           8.0      9.0
-    inside the object, look alike                          30.2       30
-    of the background, look alike                          31.9       32
-    of all that look alike, cross the outline               7.8      1.8
-    objects with over 25 % leaks                            7.6      3.4
+    across the mask's outline, look alike (leaks)           8.2      9.0
+    inside the object, look alike                          32.1       30
+    of the background, look alike                          34.9       32
+    of all that look alike, cross the outline               6.2      1.8
+    objects with over 25 % leaks                            6.5      3.4
 
-The fourth row follows from the first three and from the share of pairs that cross an outline: 24 %
-here, 6 % on COCO, where objects are larger on the stride-4 grid.
+The fourth row follows from the first three and from the share of pairs that cross an outline: a
+quarter here, 6 % on COCO, where objects are larger on the stride-4 grid.
 
 How: `_layout` draws outlines from one random stream, `make_shapes_image` paints them from another,
 so annotations (`make_shapes_coco`) cost no painting. Colors are CIE Lab (D65), as in BoxInst.

@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor
 
+from .errors import printable
 from .masks import decode_mask, run_lengths
 
 Color = tuple[int, int, int]  # RGB, 0..255
@@ -141,7 +142,7 @@ def with_legend(picture: Image.Image, entries: Sequence[tuple[str, Color | None]
     font, line, places, x, y = ImageFont.load_default(14), 22, [], GAP, GAP
     draw = ImageDraw.Draw(picture)
     for text, color in entries:
-        text, patch = _printable(text), 20 if color else 0
+        text, patch = printable(text, MAX_NAME) or "?", 20 if color else 0
         width = patch + round(draw.textlength(text, font)) + 2 * GAP
         if x > GAP and x + width > picture.width:
             x, y = GAP, y + line
@@ -251,17 +252,10 @@ def _captions(labels: Numbers, class_names: Sequence[str], scores: Numbers | Non
     """Class and score of each instance, as far as there are several classes, and scores."""
     captions = []
     for i, label in enumerate(torch.as_tensor(labels).tolist()):
-        name = _printable(class_names[label])
+        name = printable(class_names[label], MAX_NAME) or "?"
         score = [f"{float(scores[i]):.2f}"] if scores is not None else []
         captions.append(" ".join([name] * (len(class_names) > 1) + score))
     return captions
-
-
-def _printable(name: str) -> str:
-    """A name without control characters, escape codes and lone surrogates, cut to MAX_NAME."""
-    start = name[: 10 * MAX_NAME]
-    name = " ".join("".join(c if c.isprintable() else " " for c in start).split()) or "?"
-    return name if len(name) <= MAX_NAME else name[: MAX_NAME - 3] + "..."
 
 
 def _draw_captions(

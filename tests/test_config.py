@@ -261,6 +261,7 @@ def test_what_is_not_understood_is_refused(argv, words):
         (["--steps", "0"], "steps must be 1 or more"),
         (["--batch-size", "-3"], "batch_size must be 1 or more"),
         (["--lr", "-0.1"], "lr must be 0 or more"),
+        (["--shapes-size", "32"], "shapes_size must be 64 or more, got 32"),
         (["--lr", "0"], "nothing would be learned"),
         (["--iou-threshold", "1.5"], "iou_threshold must be between 0 and 1"),
         (["--ema-momentum", "2"], "ema_momentum must be between 0 and 1"),
