@@ -111,7 +111,8 @@ def make_state(
     else:
         optimizer = torch.optim.SGD(parameters, momentum=0.9, **options)
     autocast = torch.autocast(device.type, torch.bfloat16, cfg.dtype == "bfloat16")
-    return State(cfg, device, student, teacher, optimizer, RunGuard(optimizer), student, autocast)
+    guard = RunGuard(optimizer, filter(None, (student, teacher)))
+    return State(cfg, device, student, teacher, optimizer, guard, student, autocast)
 
 
 def seed_draws(cfg: Config, step: int, part: int) -> torch.Generator:
@@ -137,7 +138,7 @@ def train_step(state: State, parts: list[Batch]) -> tuple[dict[str, Tensor], dic
     losses and the metrics, as means over the parts.
     """
     cfg, step, teacher = state.cfg, state.step, state.teacher
-    state.guard.raise_if_bad()  # about the step before this one
+    state.guard.begin_step()  # raises if the step before this one was bad
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(cfg, step)
     if teacher is not None:
@@ -165,9 +166,8 @@ def train_step(state: State, parts: list[Batch]) -> tuple[dict[str, Tensor], dic
         image_ids += batch.image_ids
 
     losses, metrics = mean_of(parts_losses), mean_of(parts_metrics)
-    state.guard.watch(step, losses, image_ids)
-    if cfg.clip_grad:
-        nn.utils.clip_grad_norm_(state.student.parameters(), cfg.clip_grad)
+    norm = nn.utils.clip_grad_norm_(state.student.parameters(), cfg.clip_grad or math.inf)
+    state.guard.watch(step, losses | {"gradient": norm}, image_ids)
     state.optimizer.step()
     state.optimizer.zero_grad()
     state.step += 1
@@ -213,6 +213,7 @@ def train(
                 evaluate_if_due()
     except DivergedError as error:
         state.step = error.step  # the optimizer skipped that step
+        state.guard.undo_statistics()
         save(out / "diverged.pt", state, train_set)
         distributed.barrier()
         raise

@@ -1,5 +1,5 @@
-"""Ends a run early: at a loss that is not finite, and at SIGTERM or SIGINT. All ranks end after the
-same step."""
+"""Ends a run early: at a loss or gradient that is not finite, and at SIGTERM or SIGINT. All ranks
+end after the same step."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import distributed
 from .errors import Stopped, UserError
 
 
 class DivergedError(UserError):
-    """A loss is not a finite number."""
+    """A loss, or the norm of the gradient, is not a finite number."""
 
     def __init__(self, step: int, where: str) -> None:
         super().__init__(
-            f"step {step}: loss not finite: {where}; the weights before this step are in the run's"
+            f"step {step}: not finite: {where}; the weights before this step are in the run's"
             " diverged.pt; try a lower --lr, a longer --warmup-steps or --clip-grad 10"
         )
         self.step = step
@@ -34,36 +34,50 @@ class Watched(NamedTuple):
     """A step whose outcome is on its way to the CPU."""
 
     step: int
-    names: list[str]  # of the losses
+    names: list[str]
     image_ids: list[int]
-    losses: Tensor  # of this rank
+    values: Tensor  # of this rank: losses, and the norm of the gradient
     is_bad: Tensor  # of any rank
     stops: Tensor  # whether a signal has reached any rank
 
 
 class RunGuard:
-    """Ends all ranks if a loss of any rank is not finite, before it has changed any weight, or if a
-    signal has reached any rank.
+    """Ends all ranks if a loss or gradient of any rank is not finite, before it has changed any
+    weight, or if a signal has reached any rank.
 
     The device itself decides whether the optimizer skips the step: fused optimizers look at
-    `found_inf`, which is made for loss scaling. The CPU reads the decision one step later, so it
-    never waits.
+    `found_inf`, which is made for loss scaling. The CPU reads the decision one step later. It does
+    not wait for the optimizer's step. A bad step damages the statistics of batch norms in the
+    forward pass. `undo_statistics` gives back those from before that step.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, networks: Iterable[nn.Module]) -> None:
         self.optimizer, self.signals = optimizer, StopSignals()
         self.watched: Watched | None = None
         self.arrived: torch.cuda.Event | None = None
+        norms = [m for n in networks for m in n.modules() if isinstance(m, nn.BatchNorm2d)]
+        self.statistics = [s for norm in norms for s in (norm.running_mean, norm.running_var)]
+        self.kept = [s.clone() for s in self.statistics]
 
-    def watch(self, step: int, losses: dict[str, Tensor], image_ids: list[int]) -> None:
+    def begin_step(self) -> None:
+        """Raise DivergedError if the step before was bad."""
+        self.raise_if_bad()
+        for kept, now in zip(self.kept, self.statistics, strict=True):
+            kept.copy_(now)
+
+    def undo_statistics(self) -> None:
+        for kept, now in zip(self.kept, self.statistics, strict=True):
+            now.copy_(kept)
+
+    def watch(self, step: int, values_by_name: dict[str, Tensor], image_ids: list[int]) -> None:
         """To be called between the backward pass and the optimizer's step."""
-        values = torch.stack(list(losses.values()))
+        values = torch.stack(list(values_by_name.values()))
         signaled = values.new_full((1,), self.signals.received)
         means = distributed.reduce_mean(torch.cat([values, signaled]))
         is_bad, stops = ~means[:-1].isfinite().all(), means[-1] > 0
         self.optimizer.found_inf = is_bad.float()
         outcome = (t.to("cpu", non_blocking=True) for t in (values, is_bad, stops))
-        self.watched = Watched(step, list(losses), image_ids, *outcome)
+        self.watched = Watched(step, list(values_by_name), image_ids, *outcome)
         if values.is_cuda:
             self.arrived = torch.cuda.Event()
             self.arrived.record()
@@ -71,8 +85,8 @@ class RunGuard:
     def raise_if_bad(self) -> None:
         """Raise DivergedError if the step that was watched last was bad."""
         if (last := self._last()) and last.is_bad:
-            losses = zip(last.names, last.losses.tolist(), strict=True)
-            bad = [name for name, value in losses if not math.isfinite(value)]
+            values = zip(last.names, last.values.tolist(), strict=True)
+            bad = [name for name, value in values if not math.isfinite(value)]
             ids = f"{', '.join(bad)} for image ids {last.image_ids}" if bad else ""
             where = filter(None, distributed.from_main(distributed.gather_objects(ids)))
             raise DivergedError(last.step, "; ".join(where))

@@ -675,9 +675,9 @@ def test_masks_of_many_detections_do_not_depend_on_how_many_are_made_at_a_time(m
     model, batch = make_model().eval(), make_batch((0,))
     rows = [([p, p, p + 30.0, p + 20.0], 1 - p / 40, p % 3, 2 * p) for p in range(20)]
     detections_at(model, rows)
-    monkeypatch.setattr("boxteacher.model.MASK_CELLS", 1 << 30)
+    monkeypatch.setattr("boxteacher.model.MASK_CELLS", {"cpu": 1 << 30})
     at_once = model.predict(batch.images, batch.sizes, [(64, 64)])[0]
-    monkeypatch.setattr("boxteacher.model.MASK_CELLS", 0)  # 8 at a time
+    monkeypatch.setattr("boxteacher.model.MASK_CELLS", {"cpu": 0})  # 8 at a time
     in_parts = model.predict(batch.images, batch.sizes, [(64, 64)])[0]
     assert len(at_once.scores) == 20
     assert torch.allclose(at_once.scores, in_parts.scores)

@@ -1,8 +1,9 @@
-"""A float32 training step, as train.py sets it up, compared with the same step in float64."""
+"""Training steps as train.py sets them up: their digits, and numbers that are not finite."""
 
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 import train
 from boxteacher.command_line import parse
 from boxteacher.data import Batch
-from boxteacher.guard import RunGuard
+from boxteacher.guard import DivergedError, RunGuard
 from boxteacher.mask_head import dynamic_mask_logits
 
 torch.set_num_threads(1)
@@ -42,7 +43,8 @@ def make_states(cfg, device: str) -> tuple[train.State, train.State]:
     parameters = double.student.parameters()
     options = dict(lr=0.1, momentum=0.9, weight_decay=1e-4, fused=True)
     double.optimizer = torch.optim.SGD(parameters, **options)
-    double.guard, double.model = RunGuard(double.optimizer), double.student
+    double.guard = RunGuard(double.optimizer, [double.student])
+    double.model = double.student
     train.speed_up(single)
     return single, double
 
@@ -104,6 +106,25 @@ def test_the_optimizer_goes_on_in_another_memory_format(device, optimizer):
         for s in (other, plain)
     ]
     assert relative_error(*moved) < (0.1 if device == "cuda" else 0.02)
+
+
+@pytest.mark.parametrize("clip_grad", ["0", "1"])
+def test_a_gradient_that_is_not_finite_changes_no_weight(clip_grad):
+    """All losses are finite. One step later the run stops, and the message says why."""
+    cfg = parse([*TINY, "--shapes-train", "8", "--device", "cpu", "--clip-grad", clip_grad])
+    batch = make_batch(cfg, "cpu")
+    state = train.make_state(cfg, 6, torch.device("cpu"))
+    train.train_step(state, [batch])
+    before = copy.deepcopy(state.student.state_dict())
+    bias = state.student.head.centerness.bias
+    hook = bias.register_hook(lambda gradient: gradient * math.inf)
+    losses, _ = train.train_step(state, [batch])
+    hook.remove()
+    assert all(loss.isfinite() for loss in losses.values())
+    for name, weight in state.student.named_parameters():
+        assert torch.equal(weight, before[name]), name
+    with pytest.raises(DivergedError, match=r"step 1: not finite: gradient for image ids \["):
+        train.train_step(state, [batch])
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -350,11 +350,17 @@ def test_a_run_killed_at_any_moment_goes_on_as_if_nothing_had_happened(tmp_path)
         assert_close(found[who], expected[who], rtol=1e-4, atol=1e-6)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_a_checkpoint(tmp_path):
-    words = [*TINY, "--steps", 9, "--lr", "1e30", "--warmup-steps", 0, "--out", tmp_path / "out"]
-    ended = train(*words)
-    assert_error(ended, "loss not finite", "class", "image ids [", "diverged.pt", "--lr")
-    assert 1 <= load_checkpoint(tmp_path / "out/diverged.pt")["step"] < 9
+@pytest.mark.parametrize("norm", ["bn", "gn"])
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_a_checkpoint(norm, tmp_path):
+    """Its weights are finite, and the statistics of batch norms, which a bad step damages."""
+    words = ["--norm", norm, "--mask-norm", norm, "--steps", 9, "--lr", "1e6", "--warmup-steps", 0]
+    ended = train(*TINY, *words, "--optimizer", "sgd", "--out", tmp_path / "out")
+    assert_error(ended, "not finite: class", "image ids [", "diverged.pt", "--lr")
+    checkpoint = load_checkpoint(tmp_path / "out/diverged.pt")
+    assert 1 <= checkpoint["step"] < 9
+    for who in ("student", "teacher"):
+        for name, value in checkpoint[who].items():
+            assert value.isfinite().all(), f"{who} {name}"
 
 
 def test_the_message_names_the_one_loss_that_is_not_finite(tmp_path, seeing_checkpoint):
