@@ -347,6 +347,10 @@ def main() -> None:
             f" accumulate={cfg.accumulate}"
         )
     run_folder.refuse_taken(cfg)
+    if cfg.resume:  # the run may have begun on another device
+        for f, auto in vars(resolve_auto(Config(), device)).items():
+            if f in ("dtype", "compile") and getattr(cfg, f) != auto:
+                say_notes([f"{f} is {getattr(cfg, f)}, as before (--{f} auto: {auto})"], "note")
 
     # Data and networks: nothing is written if one of them fails.
     checkpoint, classes = run_folder.load_last(cfg) if cfg.resume else (None, None)

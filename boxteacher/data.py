@@ -16,6 +16,7 @@ import functools
 import itertools
 import math
 import signal
+import sys
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from reprlib import repr as short_repr
@@ -402,7 +403,7 @@ def make_train_loader(
     one size."""
     is_wide = (dataset.sizes[:, 1] >= dataset.sizes[:, 0]) | (cfg.crop > 0)
     order = train_order(is_wide.tolist(), cfg, start_step, rank, world_size)
-    batches = make_loader(dataset, order, cfg.workers, collate)
+    batches = make_loader(dataset, order, cfg.workers, collate, cfg.device != "cpu")
     return StepLoader(batches, max(cfg.steps - start_step, 0), cfg.accumulate)
 
 
@@ -465,14 +466,16 @@ def _collate_test(samples: list[Sample]) -> tuple[Batch, tuple[int, int]]:
 
 
 def make_loader(
-    dataset: CocoDataset, order: Iterable, workers: int, collate_fn: Callable
+    dataset: CocoDataset, order: Iterable, workers: int, collate_fn: Callable, pin: bool = False
 ) -> DataLoader:
     return DataLoader(
         dataset,
         batch_sampler=order,
         num_workers=workers,
         collate_fn=collate_fn,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pin and torch.cuda.is_available(),
+        # A forked worker shares the data set's memory. From Python 3.14 on it is not the default.
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         generator=torch.Generator(),  # its own, or each pass would move torch's global one
         worker_init_fn=_outlive_signals,
     )

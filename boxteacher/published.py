@@ -432,7 +432,7 @@ def _read_init(
 ) -> tuple[Mapping[str, Tensor], list[str]]:
     """The teacher of the checkpoint `cfg.init` if it has one, else its student, and notes.
 
-    The checkpoint is one of ours or a published one. Two variants do not show in the shapes of
+    The checkpoint is one of ours or a published one. Three fields do not show in the shapes of
     weights. They are compared here.
     """
     path, content = cfg.init, read_file(cfg.init)
@@ -443,6 +443,7 @@ def _read_init(
     else:
         networks = split_networks(content, path)
         fields, num_classes = describe(networks, path)
+        fields = {"size_unit": 64, **fields}
         known = tuple(COCO_CLASSES.values()) if num_classes == len(COCO_CLASSES) else ()
         theirs = networks.get("teacher") or networks["model"]
         wanted = {**model_state}
@@ -457,7 +458,13 @@ def _read_init(
             options = {True: "--stride-in-1x1", False: "--no-stride-in-1x1"}
             option = options.get(wanted, f"--pixel-format {wanted}")
             raise CheckpointError(f"{path}: made for {field}={wanted}, not {given}: add {option}")
-    return _carry_classes(weights, model_state, known, class_names, path)
+    weights, notes = _carry_classes(weights, model_state, known, class_names, path)
+    if (unit := fields.get("size_unit", cfg.size_unit)) != cfg.size_unit:
+        notes.append(
+            f"{path}: made for size_unit={unit!r}, not {cfg.size_unit}: its levels had objects of"
+            f" other sizes, and its masks begin wrong (--size-unit {unit!r} keeps them)"
+        )
+    return weights, notes
 
 
 def _carry_classes(

@@ -152,8 +152,12 @@ def test_boxteacher_file_to_checkpoint_and_back(tmp_path):
     ):
         wrong = dataclasses.replace(init, **{field: value})
         assert option in refusal(load_initial_weights, model, wrong)
-    load_initial_weights(model, dataclasses.replace(init, init=str(tmp_path / "ours.pt")))
+    ours = dataclasses.replace(init, init=str(tmp_path / "ours.pt"))
+    assert load_initial_weights(model, ours) == []
     assert_same(model.state_dict(), state["teacher"])
+    for other in (init, ours):  # the weights fit, but the levels are for other sizes
+        [note] = load_initial_weights(model, dataclasses.replace(other, size_unit=32))
+        assert "size_unit=64, not 32" in note
 
 
 def test_the_weights_say_what_they_are(condinst_file):
