@@ -67,7 +67,7 @@ STUDIES: dict[str, list[C]] = {
             "teacher at 1.2x": f"{THRESHOLD} --teacher-size 230 --test-max-size 384",
         },
     ),
-    "nuclei": two_parts("nuclei", {}),
+    "nuclei": two_parts("nuclei", {"threshold 0.5": ""}),
     "length": [
         C(f"{mode} x{x}", f"shapes --mode {mode} --steps {int(x * 1800)}", "", "", f"boxinst x{x}")
         for x in (0.5, 1, 2, 4)
