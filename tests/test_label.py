@@ -489,6 +489,7 @@ import os, signal, sys
 from boxteacher import errors
 from boxteacher.tools import label
 append_line, name = label.append_line, sys.argv.pop(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 def append_and_stop(path, line):
     append_line(path, line)
     if len(path.read_bytes().splitlines()) == 3:
