@@ -61,17 +61,34 @@ def run(folder, *words):
     return out.getvalue()
 
 
+def readme_commands(start: str) -> list[list[str]]:
+    """The words of the commands in the block after a text, without `python`."""
+    text = (ROOT / "README.md").read_text()
+    block = re.search(start + r".*?```bash\n(.*?)```", text, re.S)[1].replace("\\\n", " ")
+    for name, value in re.findall(r'^(\w+)="(.*)"$', block, re.M):
+        block = block.replace(f"${name}", value)
+    lines = [line.split() for line in block.splitlines()]
+    return [words[1:] for words in lines if words[0] == "python"]
+
+
+def test_from_boxes_to_masks_as_readme_has_it(folder):
+    first, second, label, predict = readme_commands("Four commands")
+    assert [words[0] for words in (first, second)] == ["train.py", "train.py"]
+    assert "boxinst learned from boxes alone" in run(folder, *first)
+    assert "boxteacher learned from boxes alone" in run(folder, *second)
+    checkpoint = load_checkpoint(folder / "runs/mine/last.pt")
+    assert checkpoint["config"]["init"] == "runs/first/last.pt"
+    run(folder, *label, "--device", "cpu")
+    masks = json.loads((folder / "masks.json").read_text())["annotations"]
+    assert all(a["segmentation"] for a in masks)
+    (folder / "masks.json").unlink()
+    assert predict[1] == "boxteacher.tools.predict"
+
+
 def test_self_training_as_readme_has_it(folder):
-    block = re.search(
-        r"Naive self-training.*?```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S
-    )
-    commands = [line.split() for line in block[1].splitlines()]
-    assert [words[:2] for words in commands] == [
-        ["python", "train.py"],
-        ["python", "-m"],
-        ["python", "train.py"],
-    ]
-    outs = [run(folder, *words[1:]) for words in commands]
+    commands = readme_commands("Naive self-training")
+    assert [words[0] for words in commands] == ["train.py", "-m", "train.py"]
+    outs = [run(folder, *words) for words in commands]
     assert "boxinst learned from boxes alone" in outs[0]
     assert "condinst learned from boxes and masks" in outs[2]
     masks = json.loads((folder / "masks.json").read_text())["annotations"]
