@@ -19,7 +19,8 @@ class C(NamedTuple):
 
 FIRST, BOXINST = "BoxInst, first part", "BoxInst"
 CONDINST = "--mode condinst --mask-channels 16"  # the network of the other modes
-THRESHOLD = "--mask-threshold 0.7"  # chosen on seed 10
+THRESHOLD = "--mask-threshold 0.7"  # for shapes chosen on seed 10
+TEACHER = {"shapes": THRESHOLD, "nuclei": ""}
 MASKS = {
     "shapes": "",  # they have some
     "nuclei": "--train-json ../shared/data/nuclei/annotations/instances_train.json",
@@ -31,7 +32,7 @@ def two_parts(preset: str, changes: dict[str, str]) -> list[C]:
     `changes`: further rows, BoxTeacher with other words."""
     first = PRESETS[preset].changes["steps"]
     more = f"--steps {first // 3} --lr 0.0005 --weak-warmup-steps 1"
-    teacher = {"BoxTeacher": THRESHOLD} | changes
+    teacher = {"BoxTeacher": TEACHER[preset]} | changes
     return [
         C(FIRST, f"{preset} --mode boxinst", "", "", BOXINST),
         C(BOXINST, f"{preset} --mode boxinst {more}", FIRST, "", BOXINST),
@@ -67,7 +68,7 @@ STUDIES: dict[str, list[C]] = {
             "teacher at 1.2x": f"{THRESHOLD} --teacher-size 230 --test-max-size 384",
         },
     ),
-    "nuclei": two_parts("nuclei", {"threshold 0.5": ""}),
+    "nuclei": two_parts("nuclei", {"threshold 0.7": THRESHOLD}),
     "length": [
         C(f"{mode} x{x}", f"shapes --mode {mode} --steps {int(x * 1800)}", "", "", f"boxinst x{x}")
         for x in (0.5, 1, 2, 4)
