@@ -251,8 +251,8 @@ def speed_up(state: State) -> None:
         if cfg.compile == "on":
             varies = not cfg.crop and (cfg.dataset == "coco" or len(set(cfg.train_sizes)) > 1)
             compile_parts(network, dynamic=varies or None)  # None: torch decides
-    # Fused optimizers take a weight and its averages for equally laid out: a GPU's checks that, a
-    # CPU's mixes them up. A checkpoint of another device, say, has other layouts.
+    # Fused optimizers expect equal layouts of a weight and its averages. On a GPU they check that,
+    # on a CPU they mix the numbers up. A checkpoint of another device has other layouts.
     for weight, averages in state.optimizer.state.items():
         for name, average in averages.items():
             if average.shape == weight.shape:
@@ -348,9 +348,10 @@ def main() -> None:
         )
     run_folder.refuse_taken(cfg)
     if cfg.resume:  # the run may have begun on another device
-        for f, auto in vars(resolve_auto(Config(), device)).items():
-            if f in ("dtype", "compile") and getattr(cfg, f) != auto:
-                say_notes([f"{f} is {getattr(cfg, f)}, as before (--{f} auto: {auto})"], "note")
+        auto = resolve_auto(Config(), device)
+        for name in ("dtype", "compile"):
+            if (value := getattr(cfg, name)) != (usual := getattr(auto, name)):
+                say_notes([f"{name} is {value}, as before (--{name} auto: {usual})"], "note")
 
     # Data and networks: nothing is written if one of them fails.
     checkpoint, classes = run_folder.load_last(cfg) if cfg.resume else (None, None)
