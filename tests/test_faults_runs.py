@@ -693,16 +693,17 @@ def test_a_signal_ends_at_once_what_is_saved():
     assert err.splitlines()[-1].startswith("stopped, and all of it is saved")
 
 
-@pytest.mark.parametrize(("main", "code"), [("print", 141), ("lambda: parse(['--list'])", 0)])
-def test_a_reader_that_goes_away_ends_the_program_quietly(main, code):
-    """argparse, which prints --list, takes no notice of it."""
+@pytest.mark.parametrize("main", ["print", "lambda: parse(['--list'])"])
+def test_a_reader_that_goes_away_ends_the_program_quietly(main):
+    """argparse, which prints --list, takes no notice of it, unless the text is short enough to wait
+    in a buffer."""
     imports = "from boxteacher import errors; from boxteacher.command_line import parse"
     command = [sys.executable, "-c", f"{imports}; errors.run({main})"]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process = subprocess.Popen(command, cwd=ROOT, **pipes)
     process.stdout.close()
     assert process.stderr.read() == ""
-    assert process.wait(timeout=120) == code
+    assert process.wait(timeout=120) in ([141] if main == "print" else [0, 141])
 
 
 # --- torchrun -------------------------------------------------------------------------------------
