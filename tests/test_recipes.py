@@ -72,7 +72,7 @@ def readme_commands(start: str) -> list[list[str]]:
 
 
 def test_from_boxes_to_masks_as_readme_has_it(folder):
-    first, second, label, predict = readme_commands("Four commands")
+    first, second, label, predict = readme_commands("Four commands: ")
     assert [words[0] for words in (first, second)] == ["train.py", "train.py"]
     assert "boxinst learned from boxes alone" in run(folder, *first)
     assert "boxteacher learned from boxes alone" in run(folder, *second)
@@ -86,7 +86,7 @@ def test_from_boxes_to_masks_as_readme_has_it(folder):
 
 
 def test_self_training_as_readme_has_it(folder):
-    commands = readme_commands("Naive self-training")
+    commands = readme_commands("Naive self-training, to compare with,")
     assert [words[0] for words in commands] == ["train.py", "-m", "train.py"]
     outs = [run(folder, *words) for words in commands]
     assert "boxinst learned from boxes alone" in outs[0]
