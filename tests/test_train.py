@@ -353,11 +353,16 @@ def test_a_run_killed_at_any_moment_goes_on_as_if_nothing_had_happened(tmp_path)
         assert_close(found[who], expected[who], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("norm", ["bn", "gn"])
-def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_a_checkpoint(norm, tmp_path):
+@pytest.mark.parametrize(
+    ("norm", "optimizer", "lr"),
+    [("gn", "adamw", "1e30"), ("gn", "sgd", "1e6"), ("bn", "sgd", "1e6")],
+)
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_a_checkpoint(
+    norm, optimizer, lr, tmp_path
+):
     """Its weights are finite, and the statistics of batch norms, which a bad step damages."""
-    words = ["--norm", norm, "--mask-norm", norm, "--steps", 9, "--lr", "1e6", "--warmup-steps", 0]
-    ended = train(*TINY, *words, "--optimizer", "sgd", "--out", tmp_path / "out")
+    words = ["--norm", norm, "--mask-norm", norm, "--optimizer", optimizer, "--lr", lr]
+    ended = train(*TINY, *words, "--steps", 9, "--warmup-steps", 0, "--out", tmp_path / "out")
     assert_error(ended, "not finite: class", "image ids [", "diverged.pt", "--lr")
     checkpoint = load_checkpoint(tmp_path / "out/diverged.pt")
     assert 1 <= checkpoint["step"] < 9
