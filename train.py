@@ -137,12 +137,15 @@ def train_step(state: State, parts: list[Batch]) -> tuple[dict[str, Tensor], dic
     The step's images come in `parts` (cfg.accumulate), one after the other. Returns the weighted
     losses and the metrics, as means over the parts.
     """
-    cfg, step, teacher = state.cfg, state.step, state.teacher
+    cfg, step, student, teacher = state.cfg, state.step, state.student, state.teacher
     state.guard.begin_step()  # raises if the step before this one was bad
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(cfg, step)
-    if teacher is not None:
-        update_teacher(teacher, state.student, ema_momentum(step, cfg.ema_momentum))
+    makes_masks = teacher is not None and step >= cfg.pseudo_start
+    if makes_masks:
+        update_teacher(teacher, student, ema_momentum(step - cfg.pseudo_start, cfg.ema_momentum))
+    elif teacher is not None:  # until then it is a copy
+        teacher.load_state_dict(student.state_dict())
 
     parts_losses, parts_metrics, image_ids = [], [], []
     for part, batch in enumerate(parts):
@@ -152,7 +155,7 @@ def train_step(state: State, parts: list[Batch]) -> tuple[dict[str, Tensor], dic
 
         # 1. The teacher sees the plain images and turns their boxes into pseudo masks.
         with state.autocast:
-            pseudo = teacher.make_pseudo_masks(batch) if teacher is not None else None
+            pseudo = teacher.make_pseudo_masks(batch) if makes_masks else None
         # 2. The student sees the same images in other colors (if cfg.student_augmentation says so).
         skip = (distributed.rank() * len(parts) + part) * num_images
         images = augment(batch.images, batch.sizes, cfg.student_augmentation, colors, skip)
@@ -166,7 +169,7 @@ def train_step(state: State, parts: list[Batch]) -> tuple[dict[str, Tensor], dic
         image_ids += batch.image_ids
 
     losses, metrics = mean_of(parts_losses), mean_of(parts_metrics)
-    norm = nn.utils.clip_grad_norm_(state.student.parameters(), cfg.clip_grad or math.inf)
+    norm = nn.utils.clip_grad_norm_(student.parameters(), cfg.clip_grad or math.inf)
     state.guard.watch(step, losses | {"gradient": norm}, image_ids)
     state.optimizer.step()
     state.optimizer.zero_grad()

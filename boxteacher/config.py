@@ -99,6 +99,7 @@ class Config:
     use_masks: bool = False  # boxteacher: true masks replace the teacher's, where there are some
     pseudo_score: PseudoScore = "mask_aware"  # weight of a pseudo mask; published: as that code
     max_mask_locations: int = 64  # that learn a mask, per image; condinst: per rank, at random
+    pseudo_start: int = 0  # steps before the first pseudo masks: BoxInst, which the teacher copies
     ema_momentum: float = 0.999  # of the teacher's moving average
     teacher_size: int = 800  # short side of the teacher's input; 0: the student's own size
     student_augmentation: Literal["none", "weak", "strong", "strong_blur"] = "strong"  # of colors
@@ -261,6 +262,8 @@ def warnings(config: Config) -> list[str]:
             f"weak_warmup_steps={c.weak_warmup_steps} is over half of steps={c.steps}:"
             " before the pairwise loss acts, masks are filled boxes"
         )
+    if c.mode == "boxteacher" and c.pseudo_start >= c.steps:
+        lines.append(f"pseudo_start={c.pseudo_start} is beyond steps={c.steps}: no pseudo masks")
     if 2 * c.warmup_steps > c.steps:
         lines.append(f"warmup_steps={c.warmup_steps} is over half of steps={c.steps}")
     if c.lr_schedule == "step" and max(c.lr_drops, default=0) >= c.steps:

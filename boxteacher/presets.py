@@ -227,9 +227,9 @@ def override(config: Config, images: int = 0, **given: Any) -> Config:
     is the config's.
 
     Some fields follow others, unless they are given too. `mode` changes those in which its
-    published recipe differs from that of the config's mode (MODES). `steps` moves `lr_drops` in
-    proportion. If it makes the run shorter, it also makes both warm-ups shorter, because masks stay
-    boxes while the weak losses warm up.
+    published recipe differs from that of the config's mode (MODES). `steps` moves `lr_drops` and
+    `pseudo_start` in proportion. If it makes the run shorter, it also makes both warm-ups shorter,
+    because masks stay boxes while the weak losses warm up.
     """
     files = [f for f in ("train_json", "train_images", "val_json", "val_images") if f in given]
     if files and given.get("dataset", config.dataset) == "shapes":
@@ -252,6 +252,7 @@ def override(config: Config, images: int = 0, **given: Any) -> Config:
     if "steps" in given:
         steps, shorter = given["steps"], min(given["steps"], config.steps)
         follow["lr_drops"] = tuple(drop * steps // config.steps for drop in config.lr_drops)
+        follow["pseudo_start"] = config.pseudo_start * steps // config.steps
         for field in ("warmup_steps", "weak_warmup_steps"):
             follow[field] = getattr(config, field) * shorter // config.steps
     config = dataclasses.replace(config, **(follow | given))

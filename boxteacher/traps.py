@@ -17,7 +17,7 @@ class Traps:
 
     def __init__(self, cfg: Config, start: int = 0) -> None:
         self.cfg, self.means, self.count = cfg, dict[str, float](), 0
-        self.last_accepted = max(start, cfg.warmup_steps)  # of a pseudo mask
+        self.last_accepted = max(start, cfg.warmup_steps, cfg.pseudo_start)  # of a pseudo mask
         self.said: set[str] = set()
 
     def warnings(self, step: int, metrics: Mapping[str, float]) -> list[str]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from boxteacher import config
 from boxteacher.command_line import parse
 from boxteacher.config import FIELDS, Config, ConfigError, validate
-from boxteacher.presets import MODES, PRESETS, from_preset
+from boxteacher.presets import MODES, PRESETS, from_preset, override
 
 
 def refusal(*argv: str) -> str:
@@ -168,6 +168,13 @@ def test_what_is_given_is_not_moved_by_epochs():
     argv = ["voc_boxteacher_r50", "--lr-drops", "500,600", "--weak-warmup-steps", "100"]
     cfg = parse(argv, 400)
     assert (cfg.steps, cfg.lr_drops, cfg.weak_warmup_steps) == (1800, (500, 600), 100)
+
+
+def test_the_start_of_pseudo_masks_follows_the_length():
+    cfg = from_preset("shapes", steps=100, pseudo_start=60)
+    assert override(cfg, steps=50).pseudo_start == 30
+    assert override(cfg, steps=1000).pseudo_start == 600
+    assert override(cfg, steps=50, pseudo_start=7).pseudo_start == 7
 
 
 def test_steps_and_epochs_replace_each_other():

@@ -321,13 +321,30 @@ def test_bfloat16_and_compilation_are_chosen_by_the_device_unless_said(tmp_path)
     assert "note: compile" not in resumed.err
 
 
+def test_until_pseudo_start_it_is_boxinst_and_the_teacher_a_copy(tmp_path):
+    words = [*TINY, "--norm", "bn", "--mask-norm", "bn", "--lr-schedule", "step", "--lr-drops", ""]
+    words += ["--warmup-steps", 0, "--weak-warmup-steps", 1, "--pseudo-start", 3]
+    runs = {"boxinst": 2, "boxteacher": 3, "both": 4}
+    for name, steps in runs.items():
+        mode = name if name != "both" else "boxteacher"
+        ended = train(*words, "--mode", mode, "--steps", steps, "--out", tmp_path / name)
+        assert ended.code == 0, ended.err
+        assert ("pseudo_start=3 is beyond steps=3" in ended.err) == (name == "boxteacher")
+    boxinst, copied = (load_checkpoint(tmp_path / n / "last.pt") for n in ("boxinst", "boxteacher"))
+    student, teacher = boxinst["student"], copied["teacher"]  # both after two steps
+    assert all(torch.equal(teacher[name], value) for name, value in student.items())
+    steps = steps_of(tmp_path / "both")
+    assert [steps[n] for n in (1, 2)] == list(steps_of(tmp_path / "boxinst").values())
+    assert ["pseudo_mask" in steps[n] for n in (1, 2, 3, 4)] == [False, False, False, True]
+
+
 # --- interruptions --------------------------------------------------------------------------------
 
 
 def test_a_run_killed_at_any_moment_goes_on_as_if_nothing_had_happened(tmp_path):
     """Batch norm too: its running statistics are the checkpoint's as well."""
     words = [*TINY, "--steps", 14, "--batch-size", 2, "--norm", "bn", "--mask-norm", "bn"]
-    words += ["--checkpoint-every", 1]
+    words += ["--checkpoint-every", 1, "--pseudo-start", 8]
     killed = start(*words, "--out", tmp_path / "killed")
     log = tmp_path / "killed/metrics.jsonl"
     deadline = time.monotonic() + 300

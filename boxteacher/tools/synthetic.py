@@ -34,7 +34,9 @@ COCO_IMAGES, COCO_ANNOTATIONS = 118_287, 860_001
 
 def make_state(cfg: Config, device: torch.device) -> train.State:
     """Random weights that detect 100 objects an image."""
-    cfg = dataclasses.replace(cfg, pretrained=False, backbone_weights="", init="", lr=0.0)
+    cfg = dataclasses.replace(
+        cfg, pretrained=False, backbone_weights="", init="", lr=0.0, pseudo_start=0
+    )
     torch.manual_seed(0)
     num_classes = 80 if cfg.dataset == "coco" else len(CLASS_NAMES)
     state = train.make_state(cfg, num_classes, device)
