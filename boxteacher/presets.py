@@ -53,7 +53,7 @@ PRESETS: dict[str, Preset] = {
         SMALL
         | dict(
             dataset="shapes",
-            workers=0,  # painting costs less than a process that disturbs two busy cores
+            workers=0,  # all images are painted before the first step
             train_sizes=(192,),  # the images' own size, for student, teacher and test alike
             train_max_size=192,
             test_size=192,

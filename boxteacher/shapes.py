@@ -6,7 +6,7 @@ crescent, a cross, a triangle or a lobed blob (tests measure both baselines).
 
 Colors: BoxInst (arXiv 2012.02310, section 3.2) pulls neighbors of similar color into one mask. The
 table says how often that is right, for 300 training images at their 192 pixels and for COCO's val
-photographs at 800 (`python -m boxteacher.tools.inspect --statistics shapes`):
+photographs at 800 (`python -m boxteacher.tools.inspect shapes --statistics`):
 
     of the pairs inside a box, in percent                  here     COCO
     across the mask's outline, look alike (leaks)           8.2      9.0

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from boxteacher.presets import PRESETS
-
 
 class C(NamedTuple):
     """A configuration. Two fields name another one, whose run with the same seed comes first."""
@@ -20,6 +18,7 @@ class C(NamedTuple):
 FIRST, BOXINST = "BoxInst, first part", "BoxInst"
 CONDINST = "--mode condinst --mask-channels 16"  # the network of the other modes
 THRESHOLD = "--mask-threshold 0.7"  # for shapes chosen on seed 10
+STEPS = {"shapes": 1800, "nuclei": 1000}  # of the first part
 TEACHER = {"shapes": THRESHOLD, "nuclei": ""}
 MASKS = {
     "shapes": "",  # they have some
@@ -30,21 +29,21 @@ MASKS = {
 def two_parts(preset: str, changes: dict[str, str]) -> list[C]:
     """What a third more steps make of a BoxInst run, and CondInst with the steps of both parts.
     `changes`: further rows, BoxTeacher with other words."""
-    first = PRESETS[preset].changes["steps"]
-    more = f"--steps {first // 3} --lr 0.0005 --weak-warmup-steps 1"
+    steps = STEPS[preset]
+    more = f"--steps {steps // 3} --lr 0.0005 --warmup-steps 16 --weak-warmup-steps 1"
     teacher = {"BoxTeacher": TEACHER[preset]} | changes
     return [
-        C(FIRST, f"{preset} --mode boxinst", "", "", BOXINST),
+        C(FIRST, f"{preset} --mode boxinst --steps {steps}", "", "", BOXINST),
         C(BOXINST, f"{preset} --mode boxinst {more}", FIRST, "", BOXINST),
         C("self-training", f"{preset} {CONDINST} {more}", FIRST, FIRST, BOXINST),
         *(
-            C(label, f"{preset} --mode boxteacher {more} {words}".strip(), FIRST, "", BOXINST)
+            C(label, f"{preset} {more} --pseudo-start 0 {words}".strip(), FIRST, "", BOXINST)
             for label, words in teacher.items()
         ),
         C("CondInst", f"{preset} {CONDINST} {more} {MASKS[preset]}".strip(), FIRST, "", BOXINST),
         C(
             "CondInst from scratch",
-            f"{preset} --mode condinst --steps {first + first // 3} {MASKS[preset]}".strip(),
+            f"{preset} --mode condinst --steps {steps + steps // 3} {MASKS[preset]}".strip(),
             reference=BOXINST,
         ),
     ]
