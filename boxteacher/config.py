@@ -178,7 +178,7 @@ def nearest(word: str, names: Iterable[str]) -> str:
 
 AT_LEAST_1 = """steps batch_size accumulate checkpoint_every log_every shapes_train shapes_val
     shapes_size train_max_size test_size test_max_size fpn_channels mask_branch_channels
-    mask_channels max_mask_locations max_detections""".split()
+    mask_channels size_unit max_mask_locations max_detections""".split()
 AT_MOST_1 = """ema_momentum color_threshold affinity_threshold mask_threshold iou_threshold
     score_threshold""".split()
 
@@ -207,6 +207,10 @@ def problems(config: Config) -> Iterator[str]:
         yield "lr_drops must be in ascending order"
     if c.fpn_channels % 32 or c.fpn_channels < 64:
         yield "fpn_channels must be a multiple of 32, 64 at least (the head's GroupNorm)"
+    if c.mask_norm == "gn" and c.mask_branch_channels < 4:
+        yield "mask_branch_channels must be 4 or more for mask_norm=gn"
+    if c.seed >= 2**32:
+        yield f"seed must be under 2**32, got {c.seed}"
     if c.freeze_at > 2:
         yield f"freeze_at must be 0, 1 or 2, got {c.freeze_at}"
 
@@ -214,6 +218,8 @@ def problems(config: Config) -> Iterator[str]:
         yield f"shapes_size must be 64 or more, got {c.shapes_size}"
 
     # sizes of images: a limit on the long side must not be less than the short side
+    if 0 < c.teacher_size < 64:
+        yield f"teacher_size must be 0 or 64 or more, got {c.teacher_size}"
     if min(c.train_sizes, default=0) < 1:
         yield "train_sizes must be short sides of 1 pixel or more"
     if not all(0 < scale < math.inf for scale in c.train_scales):

@@ -6,6 +6,8 @@ Exit codes: 0 done, 1 an error, 75 stopped by a signal and saved (sysexits.h's "
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
 import os
 import select
@@ -13,6 +15,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)  # a full disk, a full quota
 
 
 class UserError(Exception):
@@ -34,7 +38,8 @@ def printable(text: str, limit: int = 2000) -> str:
 def run(main: Callable[[], object]) -> None:
     """Run a program. What the user can solve or has asked for ends it with one line instead of a
     traceback. Of torchrun's processes on a machine only the first to fail speaks."""
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  # closed by the caller
+    for name in ("stdout", "stderr"):  # closed by the caller
+        setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):  # print names that the terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -53,16 +58,17 @@ def run(main: Callable[[], object]) -> None:
             sys.exit(141)
         if "TORCHELASTIC_ERROR_FILE" in os.environ and "by peer" in str(error):  # gloo's words
             end(1, "error: another process of this run has ended; torchrun says which and how")
-        if isinstance(error, OSError) and error.filename is not None:
-            end(1, f"error: {error.filename}: {error.strerror}")
+        if isinstance(error, OSError) and (error.filename is not None or error.errno in NO_SPACE):
+            end(1, f"error: {error.filename or 'what the program prints'}: {error.strerror}")
         if not is_first_to_fail():
             sys.exit(1)
         raise
 
 
 def end(code: int, message: str) -> NoReturn:
-    if is_first_to_fail():
-        print(printable(message), file=sys.stderr)
+    with contextlib.suppress(OSError):  # nobody reads it
+        if is_first_to_fail():
+            print(printable(message), file=sys.stderr)
     sys.exit(code)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,17 +27,18 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
 
     It is written under another name, flushed to the disk and then renamed. Raises WriteError.
     """
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.unfinished")
+    target, unfinished = _places(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists() and not target.is_file():
+            raise OSError(errno.EINVAL, "it is no regular file")
+        target.parent.mkdir(parents=True, exist_ok=True)
         with open(unfinished, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        os.replace(unfinished, target)
         # The new name must reach the disk too.
-        directory = os.open(path.parent, os.O_RDONLY)
+        directory = os.open(target.parent, os.O_RDONLY)
         try:
             os.fsync(directory)
         finally:
@@ -45,22 +47,28 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
         cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save's own
         if not isinstance(cause, OSError):
             raise
-        raise WriteError(path, cause) from None
+        raise WriteError(Path(path), cause) from None
     finally:
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)
 
 
+def _places(path: str | Path) -> tuple[Path, Path]:
+    """Where links lead to, and the name of the file while it is written."""
+    target = Path(os.path.realpath(path))
+    return target, target.with_name(f".{target.name}.unfinished")
+
+
 def write_text(path: str | Path, text: str) -> None:
     with whole_file(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="replace"))
 
 
 def check_writable(path: Path) -> None:
     """Raise WriteError if `path` could not be written now. What it holds stays."""
-    trial = path.with_name(f".{path.name}.unfinished")
+    target, trial = _places(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         trial.touch()
         trial.unlink()
     except OSError as error:

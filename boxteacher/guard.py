@@ -146,6 +146,7 @@ class StopSignals:
             if distributed.is_main() and not self.is_saved:
                 name = signal.Signals(number).name
                 text = f"\n{name}: the run stops after this step; a second signal ends it at once\n"
-                os.write(sys.stderr.fileno(), text.encode())
+                with contextlib.suppress(OSError):  # nobody reads it
+                    os.write(sys.stderr.fileno(), text.encode())
         if self.is_saved:
             raise self.stopped()

@@ -16,13 +16,9 @@ from torch import Tensor, nn
 HIDDEN = 8  # channels between the dynamic layers
 
 
-def num_dynamic_params(mask_channels: int) -> int:
-    """Weights and biases of the layers (2 + mask_channels) -> 8 -> 8 -> 1: 233 for 16 channels."""
-    return sum(dynamic_sizes(mask_channels))
-
-
 def dynamic_sizes(mask_channels: int) -> list[int]:
-    """The numbers of parameters, in their order: three weights, then three biases."""
+    """The numbers of parameters of the layers (2 + mask_channels) -> 8 -> 8 -> 1: three weights,
+    then three biases. With 16 channels they are 233 together."""
     return [(2 + mask_channels) * HIDDEN, HIDDEN * HIDDEN, HIDDEN, HIDDEN, HIDDEN, 1]
 
 

@@ -145,7 +145,7 @@ class CondInst(nn.Module):
         reliable = [(h - cut, w) for (h, w), cut in zip(batch.sizes, batch.cut_rows, strict=True)]
         rows, columns = (side // 4 for side in images.shape[-2:])
         inside_image = losses.inside_masks(reliable, rows, columns, images.device)
-        mixed = with_true_masks(pseudo, batch) if pseudo and cfg.use_masks else pseudo
+        mixed = with_true_masks(pseudo, batch) if cfg.use_masks else pseudo
         sums, metrics = self.loss_sums(encoded, batch, inside_image, mixed)
         if pseudo is not None:
             metrics |= pseudo_mask_metrics(*pseudo, batch)
@@ -400,9 +400,11 @@ def pseudo_losses(
     }
 
 
-def with_true_masks(pseudo: PseudoMasks, batch: Batch) -> PseudoMasks:
+def with_true_masks(pseudo: PseudoMasks | None, batch: Batch) -> PseudoMasks:
     """Mixed supervision: a box that has a true mask learns from it, with weight 1, whatever the
-    teacher says. (Not in the paper.)"""
+    teacher says, and before it says anything. (Not in the paper.)"""
+    if pseudo is None:
+        return PseudoMasks(batch.masks, batch.has_mask.float())
     masks = torch.where(batch.has_mask[..., None, None], batch.masks, pseudo.masks)
     return PseudoMasks(masks, torch.where(batch.has_mask, 1.0, pseudo.weights))
 
@@ -451,7 +453,7 @@ def build_model(cfg: Config, num_classes: int) -> CondInst:
     else:
         body = ResNet(cfg.backbone, cfg.norm, cfg.freeze_at, cfg.stride_in_1x1, cfg.deformable)
     backbone = Backbone(body, cfg.fpn_channels)
-    num_dynamic = mask_head.num_dynamic_params(cfg.mask_channels)
+    num_dynamic = sum(mask_head.dynamic_sizes(cfg.mask_channels))
     head = fcos.FCOSHead(num_classes, cfg.fpn_channels, cfg.tower_convs, num_dynamic)
     widths = cfg.fpn_channels, cfg.mask_branch_channels, cfg.mask_channels
     mask_branch = MaskBranch(*widths, cfg.mask_branch_convs, NORMS[cfg.mask_norm])

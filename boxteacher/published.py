@@ -10,6 +10,7 @@ checkpoint into one of ours, or one of ours into a published one.
 from __future__ import annotations
 
 import dataclasses
+import pickle
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -303,9 +304,10 @@ def download_backbone(name: str) -> dict[str, Tensor]:
     """torchvision's ImageNet weights. They are downloaded once."""
     try:
         return torchvision.models.get_model_weights(name).DEFAULT.get_state_dict(progress=False)
-    except (OSError, ValueError) as error:  # no network; no weights of that name
+    # no network; no weights of that name; a damaged file in torch's cache
+    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(
-            f"cannot download ImageNet weights of {name} ({error}): give a local file with "
+            f"cannot get ImageNet weights of {name} ({error}): give a local file with "
             "--backbone-weights FILE, or train from scratch with --no-pretrained --norm bn "
             "--freeze-at 0"
         ) from error

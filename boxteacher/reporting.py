@@ -22,7 +22,7 @@ from tqdm import tqdm
 from . import distributed
 from .config import Config
 from .data import CocoDataset, collate, whole_geometry
-from .files import WriteError, whole_file, write_text
+from .files import WriteError, write_text
 from .model import CondInst, Instances, scale_boxes
 from .pseudo_labels import assign_to_boxes
 from .traps import Traps
@@ -32,6 +32,7 @@ from .visualize import (
     contact_sheet,
     draw_instances,
     instance_color,
+    save_picture,
     sheet_side,
 )
 
@@ -111,8 +112,9 @@ class RunLog:
 
     def say(self, text: str) -> None:
         if distributed.is_main():
-            tqdm.write(text)
-            sys.stdout.flush()  # a file or a pipe would wait for more
+            with contextlib.suppress(OSError):  # a full disk or a reader that went away end no run
+                tqdm.write(text)
+                sys.stdout.flush()  # a file or a pipe would wait for more
 
     def close(self) -> None:
         self.bar.close()
@@ -162,9 +164,9 @@ def progress(items: Iterable[T], what: str, total: int) -> Iterator[T]:
 
 
 def _json_value(value: Any) -> Any:
-    """Six digits are enough; JSON has no NaN: null."""
+    """Six digits are enough. JSON has no NaN and no infinity: null."""
     if isinstance(value, float):
-        return float(f"{value:.6g}") if value == value else None
+        return float(f"{value:.6g}") if math.isfinite(value) else None
     return value
 
 
@@ -176,7 +178,7 @@ def say_notes(notes: Iterable[str], kind: str = "warning") -> None:
 
 def final_summary(cfg: Config, out: Path, tables: dict[str, Any], minutes: float) -> str:
     """What a finished run prints last: its result, what the numbers mean, where the files are."""
-    source = "boxes and masks" if cfg.mode == "condinst" else "boxes alone"
+    source = "boxes and masks" if cfg.mode == "condinst" or cfg.use_masks else "boxes alone"
     who = "teacher" if cfg.mode == "boxteacher" else "model"
     lines = ["", f"{cfg.mode} learned from {source} in {minutes:.1f} min."]
     if tables:
@@ -210,8 +212,7 @@ def write_contact_sheet(
     if val_set is None:
         val_set = train_set.whole(whole_geometry(model.cfg))
     sheet = make_contact_sheet(model, val_set, next(model.parameters()).device)
-    with whole_file(path) as file:
-        sheet.save(file, "png")
+    save_picture(sheet, path)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor
 
 from .errors import printable
+from .files import whole_file
 from .masks import decode_mask, run_lengths
 
 Color = tuple[int, int, int]  # RGB, 0..255
@@ -32,6 +34,13 @@ TILE, GAP, TITLE, FOOTER = 384, 8, 32, 28  # longest side of a picture; space; h
 MAX_WIDTH, MAX_HEIGHT = 1600, 1400  # of a sheet, so that a screen shows all of it
 CHART_WIDTH, CHART_HEIGHT = 400, 230
 LEFT, TOP, BOTTOM = 48, 26, 22  # margins of a chart
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """In the format that the file's ending names. Raises WriteError."""
+    kind = Image.registered_extensions()[path.suffix.lower()]
+    with whole_file(path) as file:
+        picture.save(file, kind, quality=85)
 
 
 def instance_color(index: int) -> Color:

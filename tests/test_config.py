@@ -175,6 +175,7 @@ def test_the_start_of_pseudo_masks_follows_the_length():
     assert override(cfg, steps=50).pseudo_start == 30
     assert override(cfg, steps=1000).pseudo_start == 600
     assert override(cfg, steps=50, pseudo_start=7).pseudo_start == 7
+    assert override(cfg, steps=200, resume=True).pseudo_start == 60  # the teacher goes on
 
 
 def test_steps_and_epochs_replace_each_other():
@@ -270,6 +271,10 @@ def test_what_is_not_understood_is_refused(argv, words):
         (["--lr", "-0.1"], "lr must be 0 or more"),
         (["--shapes-size", "32"], "shapes_size must be 64 or more, got 32"),
         (["--lr", "0"], "nothing would be learned"),
+        (["--seed", "1764300000000000000"], "seed must be under 2**32"),
+        (["--size-unit", "0"], "size_unit must be 1 or more"),
+        (["--teacher-size", "32"], "teacher_size must be 0 or 64 or more"),
+        (["--mask-norm", "gn", "--mask-branch-channels", "3"], "4 or more for mask_norm=gn"),
         (["--iou-threshold", "1.5"], "iou_threshold must be between 0 and 1"),
         (["--ema-momentum", "2"], "ema_momentum must be between 0 and 1"),
         (["--train-sizes="], "train_sizes"),

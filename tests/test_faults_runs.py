@@ -10,6 +10,7 @@ import os
 import pickle
 import random
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,17 @@ from pathlib import Path
 import pytest
 import torch
 from fuzz import checkpoint_of, same
-from test_train import FILES, TINY, assert_close, assert_error, metrics, start, steps_of, train
+from test_train import (
+    FILES,
+    TINY,
+    TRAIN,
+    assert_close,
+    assert_error,
+    metrics,
+    start,
+    steps_of,
+    train,
+)
 
 from boxteacher import run_folder
 from boxteacher.checkpoint import (
@@ -227,6 +238,28 @@ def test_what_is_interrupted_while_it_is_written_leaves_the_old(tmp_path):
         raise KeyboardInterrupt
     assert (tmp_path / "a").read_text() == "old"
     assert os.listdir(tmp_path) == ["a"]
+
+
+def test_links_are_followed_and_what_is_no_file_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    write_text("folder/old", "old")
+    os.symlink("folder/old", "link")
+    write_text("link", "new")
+    assert (os.readlink("link"), Path("folder/old").read_text()) == ("folder/old", "new")
+    os.mkfifo("pipe")
+    assert "cannot write pipe: it is no regular file" in refusal(write_text, "pipe", "text")
+    assert sorted(os.listdir()) == ["folder", "link", "pipe"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_full_disk_below_the_output_of_a_program_is_one_line():
+    code = "from boxteacher import errors; errors.run(lambda: print('text', flush=True))"
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.stderr.startswith("error: what the program prints: No space left on device\n")
+    assert "Traceback" not in done.stderr
 
 
 def test_a_disk_that_gets_full_in_training_ends_it_in_one_line(tmp_path):
@@ -626,6 +659,25 @@ def test_a_signal_stops_a_run_which_goes_on_exactly(whole, tmp_path, number, wor
     assert resumed.code == 0, resumed.err
     assert "note: " not in resumed.err
     assert_same_run(folder, whole)
+
+
+@pytest.mark.parametrize("closed", ["stdout and stderr", "stderr"])
+def test_a_run_whose_reader_has_gone_away_is_saved_all_the_same(tmp_path, closed):
+    """Ctrl-C ends both sides of `python train.py 2>&1 | tee log`. And `2>&-`."""
+    folder, log = tmp_path / "out", tmp_path / "log"
+    command = [sys.executable, TRAIN, *map(str, [*LONG, "--steps", 2000, "--out", folder])]
+    if closed == "stderr":
+        line = f"exec {shlex.join(command)} >{log} 2>&-"
+        process = subprocess.Popen(["bash", "-c", line], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    else:
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
+    wait_until(lambda: lines_in(folder) >= 2, process)
+    if process.stdout:
+        process.stdout.close()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(120) == 75
+    assert load_checkpoint(folder / "last.pt")["step"] == lines_in(folder) < 2000
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 75)])

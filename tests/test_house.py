@@ -66,7 +66,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     ),
     "guard": ({"torch"}, {"distributed", "errors"}),
     "traps": (set(), {"config"}),
-    "visualize": ({"torch", "numpy", "PIL"}, {"errors", "masks"}),
+    "visualize": ({"torch", "numpy", "PIL"}, {"errors", "files", "masks"}),
     "reporting": (
         {"torch", "torchvision.ops", "tqdm", "PIL"},
         {"config", "data", "distributed", "files", "model", "pseudo_labels", "traps"}

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import os
 import re
 import shutil
 import subprocess
@@ -19,8 +21,10 @@ from boxteacher.config import ConfigError, to_json
 from boxteacher.data import collate, make_train_set
 from boxteacher.errors import UserError
 from boxteacher.model import build_model
+from boxteacher.reporting import RunLog
 from boxteacher.shapes import CLASS_NAMES
 from boxteacher.tools import inspect, report, statistics
+from boxteacher.tools.statistics import pair_shares
 from boxteacher.visualize import chart, smooth, ticks
 
 torch.set_num_threads(1)
@@ -136,6 +140,10 @@ def test_figures_of_photographs_bring_no_advice_and_others_do():
             assert re.search(r"--[a-z-]+|masks will be too large|times as large", line)
 
 
+def test_shares_without_any_pair_are_0():
+    assert not any(pair_shares(torch.zeros(2, 3, 2).long(), torch.ones(2).bool()).values())
+
+
 def test_statistics_print_rows_advice_and_json(monkeypatch, capsys):
     words = ("--statistics", "--images", "3", "--color-threshold", "0.99")
     run(monkeypatch, inspect, *WORDS, *words)
@@ -215,6 +223,17 @@ def test_a_page_has_tables_curves_and_pictures_and_needs_nothing_else(runs, tmp_
     for _, attributes in page.tags:
         assert all(attributes[k].startswith("data:") for k in ("src", "href") if k in attributes)
     assert "http" not in text
+
+
+def test_a_run_that_diverged_has_a_page(runs, tmp_path, monkeypatch):
+    """JSON has no infinity, and a run writes none. Names may be no Unicode."""
+    log = RunLog(tmp_path / "metrics.jsonl", parse(["shapes", "--device", "cpu"]), 0)
+    log.step(20, 1e-3, {"class": torch.tensor(math.inf)}, {})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
+    shutil.copy(tmp_path / "metrics.jsonl", runs[1])
+    odd = runs[1].rename(tmp_path / os.fsdecode(b"\xff"))
+    run(monkeypatch, report, runs[0], odd, "--output", tmp_path / "report.html")
+    Page((tmp_path / "report.html").read_text())
 
 
 def test_the_page_opens_in_a_browser(runs, tmp_path, monkeypatch):

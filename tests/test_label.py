@@ -315,9 +315,10 @@ def test_crops_that_are_looked_at_together_have_the_masks_of_one_by_one(model, p
 
 
 def test_tiny_boxes_and_image_corners_can_be_zoomed(model, pixels):
-    boxes = torch.tensor([[0.0, 0, 0.4, 0.3], [63.2, 63.5, 64, 64], [30, 0, 30.01, 64]])
+    tiny = [[0.0, 0, 0.4, 0.3], [63.2, 63.5, 64, 64], [30, 0, 30.01, 64], [60, 60, 60, 60]]
+    boxes = torch.tensor(tiny)  # the last one is smaller than float32 can tell
     masks = label_image(model, pixels, boxes, Looks(flip=True, zoom=64.0))
-    assert [mask.mask.shape for mask in masks] == [(1, 1), (1, 1), (64, 1)]
+    assert [mask.mask.shape for mask in masks] == [(1, 1), (1, 1), (64, 1), (1, 1)]
     assert all(mask.mask.any() for mask in masks)
 
 

@@ -12,8 +12,8 @@ from boxteacher.mask_head import (
     MaskBranch,
     aligned_upsample,
     dynamic_mask_logits,
+    dynamic_sizes,
     mask_windows,
-    num_dynamic_params,
     pixel_positions,
     read_maps,
 )
@@ -24,9 +24,9 @@ def _seed():
     torch.manual_seed(0)
 
 
-def test_num_dynamic_params():
-    assert num_dynamic_params(16) == 233
-    assert num_dynamic_params(8) == 169
+def test_numbers_of_dynamic_parameters():
+    assert dynamic_sizes(16) == [144, 64, 8, 8, 8, 1]
+    assert [sum(dynamic_sizes(channels)) for channels in (16, 8)] == [233, 169]
 
 
 # --- upsampling -----------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def slow_dynamic_logits(features, params, location, soi):
 
 def head_inputs(num_images, num_instances, channels, height, width):
     features = torch.randn(num_images, channels, height, width, dtype=torch.float64)
-    params = torch.randn(num_images, num_instances, num_dynamic_params(channels)).double()
+    params = torch.randn(num_images, num_instances, sum(dynamic_sizes(channels))).double()
     locations = torch.rand(num_images, num_instances, 2).double() * 8 * max(height, width)
     soi = 64.0 * 2 ** torch.randint(0, 5, (num_images, num_instances)).double()
     return features, params, locations, soi

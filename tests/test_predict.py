@@ -4,8 +4,10 @@ share."""
 import dataclasses
 import io
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -194,6 +196,36 @@ def test_what_was_interrupted_goes_on(folder, first, monkeypatch):
     (output / "results.jsonl").write_text("no JSON")
     with pytest.raises(DataError, match=r"results\.jsonl cannot be read .*; remove it"):
         run(monkeypatch, folder, images, "--output", output)
+
+
+def test_a_call_with_more_images_keeps_the_pictures_of_before(folder, monkeypatch):
+    """Below an image folder, and with the same name in two folders."""
+    images = folder / "growing"
+    (images / "below").mkdir(parents=True)
+    shutil.copy(folder / "images/b.png", images / "below/b.png")
+    options = (images, "--output", images / "found", "--draw", "class", "--instance-maps")
+    run(monkeypatch, folder, *options)
+    before = (images / "found/overlays/below/b.png").read_bytes()
+    shutil.copy(folder / "images/c.png", images / "b.png")
+    run(monkeypatch, folder, *options)
+    names = {str(p.relative_to(images)) for p in images.rglob("*.png")}
+    pictures = {
+        f"found/{kind}/{name}" for kind in predict.PICTURES for name in ("b.png", "below/b.png")
+    }
+    assert names == {"b.png", "below/b.png"} | pictures
+    assert (images / "found/overlays/below/b.png").read_bytes() == before
+    assert {r["image_id"] for r in results_of(images / "found")} == {1, 2}
+    with pytest.raises(ConfigError, match=r"results of other settings \(pictures_of\)"):
+        run(monkeypatch, folder, folder / "images", *options)
+
+
+def test_folders_and_what_pillow_cannot_open_are_no_images(folder, monkeypatch, tmp_path):
+    shutil.copytree(folder / "images/below", tmp_path / "images/below")
+    (tmp_path / "images/paper.pdf").write_bytes(b"%PDF-1.4")
+    shutil.copy(folder / "images/b.png", tmp_path / "images/b.png")
+    found = predict.find_images([str(tmp_path / "images"), str(tmp_path / "images/b*")])
+    names = [str(Path(name).relative_to(tmp_path / "images")) for name in found]
+    assert names == ["b.png", "below/a.png"]
 
 
 def test_it_is_a_program_for_globs(folder):

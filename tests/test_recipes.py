@@ -113,6 +113,11 @@ def test_use_masks_learns_from_masks_and_without_any_it_is_boxteacher_to_the_bit
     assert all(torch.equal(plain[name], none[name]) for name in plain)
     assert all(torch.equal(plain[name], unused[name]) for name in plain)
     assert not all(torch.equal(plain[name], some[name]) for name in plain)
+    # before pseudo_start too
+    plain, _ = weights(folder, "late_plain", "some.json", "--pseudo-start", "2")
+    some, _ = weights(folder, "late_some", "some.json", "--pseudo-start", "2", "--use-masks")
+    assert not all(torch.equal(plain[name], some[name]) for name in plain)
+    assert "learned from boxes and masks" in told_some
     total = len(json.loads((folder / "some.json").read_text())["annotations"])
     assert f"0 of {total} boxes have masks" in told_none
     assert f"4 of {total} boxes have masks" in told_some

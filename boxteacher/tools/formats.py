@@ -51,7 +51,7 @@ def require(source: Path, what: str, parts: Sequence[str]) -> None:
 def read_lines(path: Path) -> list[str]:
     """The lines of a text file that are not blank."""
     with explain(str(path), "give a text file"):
-        return [line for line in path.read_text().splitlines() if line.strip()]
+        return [line for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
 
 
 def read_names(path: Path) -> list[str]:

@@ -43,6 +43,7 @@ from boxteacher.visualize import (
     contact_sheet,
     draw_instances,
     instance_color,
+    save_picture,
     tint,
 )
 
@@ -98,7 +99,9 @@ def inspect_image(model: CondInst, batch: Batch, class_names: Sequence[str]) -> 
     found = Detections(*(part[step.shown] for part in step.found))
     shown = {
         f"{len(boxes)} boxes": draw(boxes, None, labels),
-        "pairs of similar color": color_pairs(image, batch, model.cfg.color_threshold),
+        "pairs of similar color": color_pairs(
+            image.cpu(), batch.to("cpu"), model.cfg.color_threshold
+        ),
         f"{len(of_box)} boxes got a detection": draw(
             found.boxes, step.probs, found.labels, scores=found.scores, **look
         ),
@@ -158,7 +161,7 @@ def main() -> None:
     for index in progress(chosen, "inspect", len(chosen)):
         batch = collate([data[index, index]]).to(model.pixel_mean.device)
         picture = inspect_image(model, batch, state["class_names"])
-        picture.save(options.output / f"{batch.image_ids[0]}.png")
+        save_picture(picture, options.output / f"{batch.image_ids[0]}.png")
     print(options.output)
 
 

@@ -51,7 +51,7 @@ from boxteacher.reporting import progress, say_notes
 from boxteacher.tools.common import append_line, lines_so_far, load_network, settings_of
 from boxteacher.tools.given_boxes import Looks, label_image, window
 from boxteacher.transforms import resized_size
-from boxteacher.visualize import contact_sheet, draw_instances, sheet_side
+from boxteacher.visualize import contact_sheet, draw_instances, save_picture, sheet_side
 
 try:
     import cv2
@@ -233,7 +233,7 @@ def main() -> None:
     if args.draw:
         shown = {"masks": CocoDataset(labeled, data.load_image, data.geometry, False)}
         shown |= {"true masks": data} if "masks" in content["all"] else {}
-        draw_sheet(data, shown).save(args.draw, quality=85)
+        save_picture(draw_sheet(data, shown), Path(args.draw))
     write_text(output, json.dumps(labeled if args.boxes else content))
     lines.unlink()
     print(output)

@@ -43,11 +43,13 @@ from boxteacher.visualize import (
     instance_color,
     instance_map,
     paint_instance_map,
+    save_picture,
     with_legend,
 )
 
 File = tuple[str, np.ndarray]  # its name and its pixels, uint8 RGB [h, w, 3]
 LEAST_SIDE, MOST_SIDE = 800, 2000  # the long side of a drawn picture
+PICTURES = ("overlays", "instances")  # folders below the output
 
 
 class ImageFiles(Dataset):
@@ -69,16 +71,29 @@ class ImageFiles(Dataset):
 
 def find_images(words: Sequence[str]) -> list[str]:
     """The files that are meant: files, all images below folders, and what globs match."""
-    endings, names = tuple(Image.registered_extensions()), []
+    readable = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    names = []
     for word in words:
         found = [word] if os.path.isfile(word) else glob.glob(word, recursive=True)
         if os.path.isdir(word):
-            below = (path for path in Path(word).rglob("*") if path.suffix.lower() in endings)
-            found = [str(path) for path in below if path.is_file()]
+            found = [str(path) for path in Path(word).rglob("*") if path.suffix.lower() in readable]
+        found = [name for name in found if os.path.isfile(name)]
         if not found:
             raise ConfigError(f"{word}: no image there; give files, folders of images or globs")
         names += sorted(found)
     return list(dict.fromkeys(names))
+
+
+def common_folder(words: Sequence[str]) -> Path:
+    """The folder below which all images are that the words can mean."""
+    paths = (Path(os.path.abspath(word)) for word in words)
+    folders = [next(p for p in (path, *path.parents) if p.is_dir()) for path in paths]
+    return Path(os.path.commonpath(folders))
+
+
+def is_own_picture(name: str, output: Path) -> bool:
+    """Whether an earlier call wrote it."""
+    return any((output / part).resolve() in Path(name).resolve().parents for part in PICTURES)
 
 
 def without_errors(files: Iterable[tuple[str, np.ndarray | DataError]]) -> Iterator[File]:
@@ -128,11 +143,6 @@ def overlay(
     return with_legend(draw_instances(picture, boxes, None, labels, **look), entries)
 
 
-def save_image(image: Image.Image, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path)
-
-
 # --- the program ----------------------------------------------------------------------------------
 
 
@@ -163,11 +173,13 @@ def main() -> None:
     args, given = parser.read(sys.argv[1:])
     if args.batch < 1 or not 0 <= args.score <= 1:
         raise ConfigError("give a --batch of 1 or more and a --score between 0 and 1")
-    names = find_images(args.images)
-    root = Path(os.path.commonpath([Path(name).resolve().parent for name in names]))
+    names = [name for name in find_images(args.images) if not is_own_picture(name, args.output)]
+    settings, root = settings_of(args, "images", "batch"), common_folder(args.images)
+    if args.draw or args.instance_maps:
+        settings["pictures_of"] = str(root)  # with another root, names would meet
     model, state = load_network(args.checkpoint, given)
     lines, results_path = args.output / "results.jsonl", args.output / "results.json"
-    done = {line["file_name"] for line in lines_so_far(lines, settings_of(args, "images", "batch"))}
+    done = {line["file_name"] for line in lines_so_far(lines, settings)}
     todo, count = [name for name in names if name not in done], len(done)
     if done:
         print(f"goes on after {count} images", file=sys.stderr)
@@ -180,14 +192,14 @@ def main() -> None:
         keep = (found.scores >= args.score).nonzero().flatten()
         masks = [found.masks[k] for k in keep.tolist()]
         found = Instances(found.boxes[keep], found.scores[keep], found.labels[keep], masks)
-        target = Path(name).resolve().relative_to(root)
+        target = Path(os.path.abspath(name)).relative_to(root)
         png = target.with_name(target.name.removesuffix(".png") + ".png")
         ids = instance_map(masks, size) if args.draw or args.instance_maps else None
         if args.instance_maps:
-            save_image(Image.fromarray(ids), args.output / "instances" / png)
+            save_picture(Image.fromarray(ids), args.output / "instances" / png)
         if args.draw:
             picture = overlay(pixels, ids, found, state["class_names"], args.draw)
-            save_image(picture, args.output / "overlays" / png)
+            save_picture(picture, args.output / "overlays" / png)
         results = to_coco_results(count, found, state["category_ids"])
         for result in results:
             result["file_name"] = name

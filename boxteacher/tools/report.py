@@ -153,7 +153,7 @@ def main() -> None:
     default = Path("report.html")
     parser.add_argument("--output", type=Path, default=default, metavar="FILE", help=str(default))
     args, _ = parser.read(sys.argv[1:])
-    names = [folder.name for folder in args.runs]
+    names = [folder.resolve().name for folder in args.runs]
     names = [n if names.count(n) == 1 else str(args.runs[k]) for k, n in enumerate(names)]
     runs = [
         Run(folder, name, COLORS[number % len(COLORS)])

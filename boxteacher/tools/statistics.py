@@ -58,9 +58,15 @@ def pair_shares(counts: Tensor, has_mask: Tensor) -> dict[str, float]:
     total, alike = counts.sum((0, 1)).tolist()
     shares = [alike / max(total, 1)]
     if has_mask.any():
-        total, alike = counts[has_mask].sum(0).clamp(min=1).double().unbind(-1)
+        total, alike = counts[has_mask].sum(0).double().unbind(-1)
         is_leaky = counts[has_mask, 0, 1] > LEAKY * counts[has_mask, 0, 0]
-        shares += torch.stack([*alike / total, alike[0] / alike.sum(), is_leaky.double().mean()])
+        shares += torch.stack(
+            [
+                *alike / total.clamp(min=1),
+                alike[0] / alike.sum().clamp(min=1),
+                is_leaky.double().mean(),
+            ]
+        )
     return {name: round(100 * float(share), 3) for name, share in zip(ROWS, shares, strict=False)}
 
 

@@ -177,6 +177,8 @@ def main() -> None:
     add("--only", action="append", metavar="LABEL", help="one configuration (can be repeated)")
     add("--table", action="store_true", help="write the tables and run nothing")
     args, _ = parser.read(sys.argv[1:])
+    if args.jobs < 1:
+        raise ConfigError(f"--jobs must be 1 or more, got {args.jobs}")
     configurations = {c.label: c for c in STUDIES[args.name]}
     chosen = args.only or list(configurations)
     if unknown := set(chosen) - configurations.keys():
