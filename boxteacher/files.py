@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from .errors import UserError
 
@@ -62,6 +63,15 @@ def _places(path: str | Path) -> tuple[Path, Path]:
 def write_text(path: str | Path, text: str) -> None:
     with whole_file(path) as file:
         file.write(text.encode(errors="replace"))
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """A line of JSON at the end of a file. Raises WriteError."""
+    try:
+        with open(path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError as error:
+        raise WriteError(path, error) from None
 
 
 def check_writable(path: Path) -> None:

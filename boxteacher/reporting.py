@@ -22,7 +22,7 @@ from tqdm import tqdm
 from . import distributed
 from .config import Config
 from .data import CocoDataset, collate, whole_geometry
-from .files import WriteError, write_text
+from .files import append_line, write_text
 from .model import CondInst, Instances, scale_boxes
 from .pseudo_labels import assign_to_boxes
 from .traps import Traps
@@ -121,11 +121,7 @@ class RunLog:
 
     def _write(self, line: dict[str, Any]) -> None:
         if self.path:
-            try:
-                with open(self.path, "a") as file:
-                    file.write(json.dumps({k: _json_value(v) for k, v in line.items()}) + "\n")
-            except OSError as error:
-                raise WriteError(self.path, error) from None
+            append_line(self.path, {k: _json_value(v) for k, v in line.items()})
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

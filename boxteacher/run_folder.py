@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import itertools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from .checkpoint import Checkpoint, load_checkpoint
@@ -17,6 +19,10 @@ from .reporting import say_notes
 
 def name_of(cfg: Config) -> Path:
     return Path(cfg.out or f"runs/{cfg.preset}")
+
+
+def later_names(out: Path) -> Iterator[Path]:
+    return (Path(f"{out}_{number}") for number in itertools.count(2))
 
 
 def read_run(folder: str) -> Config:
@@ -60,8 +66,7 @@ def resume_after_restart(cfg: Config) -> Config:
         return cfg
     out = name_of(cfg)
     if not cfg.out:
-        later = (Path(f"{out}_{number}") for number in itertools.count(2))
-        out = [out, *itertools.takewhile(Path.exists, later)][-1]
+        out = [out, *itertools.takewhile(Path.exists, later_names(out))][-1]
     return dataclasses.replace(cfg, out=str(out), resume=os.path.isfile(out / "last.pt"))
 
 
@@ -88,8 +93,11 @@ def claim(cfg: Config) -> Path:
         if cfg.out or cfg.resume:
             out.mkdir(parents=True, exist_ok=True)
         else:
-            later = (Path(f"{out}_{number}") for number in itertools.count(2))
-            out = next(path for path in itertools.chain([out], later) if make_new(path))
+            names = itertools.chain([out], later_names(out))
+            for out in names:
+                with contextlib.suppress(FileExistsError):  # made by another run perhaps
+                    out.mkdir(parents=True)
+                    break
         file = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)  # never closed
     except OSError as error:
         raise WriteError(out, error) from None
@@ -102,12 +110,3 @@ def claim(cfg: Config) -> Path:
     except OSError:
         os.close(file)
     return out
-
-
-def make_new(folder: Path) -> bool:
-    """Make a folder. False if it exists, made by another run perhaps."""
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
-        return False
-    return True

@@ -15,7 +15,7 @@ from boxteacher.checkpoint import load_checkpoint, network_of
 from boxteacher.coco import explain
 from boxteacher.config import ConfigError, from_dict, validate
 from boxteacher.distributed import init_distributed
-from boxteacher.files import WriteError, write_text
+from boxteacher.files import write_text
 from boxteacher.model import CondInst
 
 
@@ -63,11 +63,3 @@ def lines_so_far(path: Path, settings: dict[str, str]) -> Iterator[dict[str, Any
             yield content
             length += len(line)
     os.truncate(path, length)
-
-
-def append_line(path: Path, line: dict[str, Any]) -> None:
-    try:
-        with open(path, "a") as file:
-            file.write(json.dumps(line) + "\n")
-    except OSError as error:
-        raise WriteError(path, error) from None

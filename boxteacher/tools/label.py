@@ -44,11 +44,11 @@ from boxteacher.coco_eval import box_baselines
 from boxteacher.command_line import Parser
 from boxteacher.config import ConfigError, from_word
 from boxteacher.data import CocoDataset, make_val_set
-from boxteacher.files import check_writable, write_text
+from boxteacher.files import append_line, check_writable, write_text
 from boxteacher.masks import decode_mask, encode_mask, polygons
 from boxteacher.model import CondInst
 from boxteacher.reporting import progress, say_notes
-from boxteacher.tools.common import append_line, lines_so_far, load_network, settings_of
+from boxteacher.tools.common import lines_so_far, load_network, settings_of
 from boxteacher.tools.given_boxes import Looks, label_image, window
 from boxteacher.transforms import resized_size
 from boxteacher.visualize import contact_sheet, draw_instances, save_picture, sheet_side

@@ -32,11 +32,11 @@ from boxteacher.coco import DataError, image_loader
 from boxteacher.coco_eval import to_coco_results
 from boxteacher.command_line import Parser
 from boxteacher.config import ConfigError
-from boxteacher.files import whole_file
+from boxteacher.files import append_line, whole_file
 from boxteacher.masks import decode_mask, polygons
 from boxteacher.model import CondInst, Instances, whole_view
 from boxteacher.reporting import progress
-from boxteacher.tools.common import append_line, lines_so_far, load_network, settings_of
+from boxteacher.tools.common import lines_so_far, load_network, settings_of
 from boxteacher.transforms import View
 from boxteacher.visualize import (
     draw_instances,
