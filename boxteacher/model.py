@@ -152,8 +152,9 @@ class CondInst(nn.Module):
 
         dtype = encoded.predictions.class_logits.dtype
         counts = reduce_mean(torch.stack([count.to(dtype) for _, count in sums.values()]))
+        has_ended = cfg.pairwise_ends and pseudo is not None
         weak = {
-            "pairwise": cfg.pairwise_weight,
+            "pairwise": 0.0 if has_ended else cfg.pairwise_weight,
             "pseudo_mask": cfg.pseudo_mask_weight,
             "pseudo_affinity": cfg.pseudo_affinity_weight,
         }

@@ -324,6 +324,7 @@ def test_bfloat16_and_compilation_are_chosen_by_the_device_unless_said(tmp_path)
 def test_until_pseudo_start_it_is_boxinst_and_the_teacher_a_copy(tmp_path):
     words = [*TINY, "--norm", "bn", "--mask-norm", "bn", "--lr-schedule", "step", "--lr-drops", ""]
     words += ["--warmup-steps", 0, "--weak-warmup-steps", 1, "--pseudo-start", 3]
+    words += ["--pairwise-ends"]
     runs = {"boxinst": 2, "boxteacher": 3, "both": 4}
     for name, steps in runs.items():
         mode = name if name != "both" else "boxteacher"
@@ -336,6 +337,7 @@ def test_until_pseudo_start_it_is_boxinst_and_the_teacher_a_copy(tmp_path):
     steps = steps_of(tmp_path / "both")
     assert [steps[n] for n in (1, 2)] == list(steps_of(tmp_path / "boxinst").values())
     assert ["pseudo_mask" in steps[n] for n in (1, 2, 3, 4)] == [False, False, False, True]
+    assert [steps[n]["pairwise"] > 0 for n in (1, 2, 3, 4)] == [True, True, True, False]
 
 
 # --- interruptions --------------------------------------------------------------------------------
