@@ -22,7 +22,7 @@ SAME = """shapes --shapes-train 1 --no-flip --norm gn --mask-norm gn --shapes-si
     --train-sizes 64 --train-max-size 64 --test-size 64 --test-max-size 64 --shapes-val 1
     --fpn-channels 64 --tower-convs 1 --mask-branch-channels 16 --mask-branch-convs 1 --device cpu
     --workers 0 --batch-size 4 --steps 3 --log-every 1 --checkpoint-every 2 --optimizer sgd
-    --teacher-size 0 --clip-grad 0 --lr 0.08 --warmup-steps 0""".split()
+    --teacher-size 0 --clip-grad 0 --lr 0.08 --warmup-steps 0 --pseudo-start 0""".split()
 
 
 def run(folder, *words) -> tuple[list[dict], dict]:

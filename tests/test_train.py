@@ -34,7 +34,7 @@ NETWORK = """--fpn-channels 64 --tower-convs 1 --mask-branch-channels 16 --mask-
     --device cpu --workers 0""".split()
 TINY = """--norm gn --mask-norm gn --shapes-size 64 --shapes-train 16 --shapes-val 3
     --train-sizes 64 --train-max-size 64 --test-size 64 --test-max-size 64 --teacher-size 0
-    --batch-size 4 --steps 2 --log-every 1""".split()
+    --batch-size 4 --steps 2 --log-every 1 --pseudo-start 0 --no-pairwise-ends""".split()
 TINY = ["shapes", *NETWORK, *TINY]
 EVALUATION = {"results.json", "tables.json"}
 FILES = {"config.json", "contact_sheet.png", "last.pt", "metrics.jsonl", ".lock"} | EVALUATION

@@ -17,7 +17,9 @@ class C(NamedTuple):
 
 FIRST, BOXINST = "BoxInst, first part", "BoxInst"
 CONDINST = "--mode condinst --mask-channels 16"  # the network of the other modes
-THRESHOLD = "--mask-threshold 0.7"  # for shapes chosen on seed 10
+PAPER = "--no-pairwise-ends --pseudo-mask-weight 0.5"  # its losses and their weights
+ENDS = "--pairwise-ends --pseudo-mask-weight 2"  # for shapes chosen on seed 10
+THRESHOLD = "--mask-threshold 0.7"  # the same
 STEPS = {"shapes": 1800, "nuclei": 1000}  # of the first part
 TEACHER = {"shapes": THRESHOLD, "nuclei": ""}
 MASKS = {
@@ -37,7 +39,13 @@ def two_parts(preset: str, changes: dict[str, str]) -> list[C]:
         C(BOXINST, f"{preset} --mode boxinst {more}", FIRST, "", BOXINST),
         C("self-training", f"{preset} {CONDINST} {more}", FIRST, FIRST, BOXINST),
         *(
-            C(label, f"{preset} {more} --pseudo-start 0 {words}".strip(), FIRST, "", BOXINST)
+            C(
+                label,
+                f"{preset} {more} --pseudo-start 0 {PAPER} {words}".strip(),
+                FIRST,
+                "",
+                BOXINST,
+            )
             for label, words in teacher.items()
         ),
         C("CondInst", f"{preset} {CONDINST} {more} {MASKS[preset]}".strip(), FIRST, "", BOXINST),
@@ -54,6 +62,7 @@ STUDIES: dict[str, list[C]] = {
         "shapes",
         {
             "threshold 0.5": "",
+            "pairwise loss ends": ENDS,
             "pixel loss only": f"{THRESHOLD} --pseudo-affinity-weight 0",
             "affinity loss only": f"{THRESHOLD} --pseudo-mask-weight 0",
             "detection's score": f"{THRESHOLD} --pseudo-score detection",
@@ -67,9 +76,15 @@ STUDIES: dict[str, list[C]] = {
             "teacher at 1.2x": f"{THRESHOLD} --teacher-size 230 --test-max-size 384",
         },
     ),
-    "nuclei": two_parts("nuclei", {"threshold 0.7": THRESHOLD}),
+    "nuclei": two_parts("nuclei", {"threshold 0.7": THRESHOLD, "pairwise loss ends": ENDS}),
+    "default": [
+        C("BoxInst", "shapes --mode boxinst"),
+        C("BoxTeacher", "shapes"),
+        C("BoxTeacher, the paper's losses", f"shapes {PAPER}"),
+        C("CondInst", "shapes --mode condinst"),
+    ],
     "length": [
-        C(f"{mode} x{x}", f"shapes --mode {mode} --steps {int(x * 1800)}", "", "", f"boxinst x{x}")
+        C(f"{mode} x{x}", f"shapes --mode {mode} --steps {int(x * 1200)}", "", "", f"boxinst x{x}")
         for x in (0.5, 1, 2, 4)
         for mode in ("boxinst", "boxteacher", "condinst")
     ],
