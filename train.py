@@ -141,8 +141,8 @@ def train_step(state: State, parts: list[Batch]) -> tuple[dict[str, Tensor], dic
     state.guard.begin_step()  # raises if the step before this one was bad
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(cfg, step)
-    makes_masks = teacher is not None and step >= cfg.pseudo_start
-    if makes_masks:
+    has_begun = step >= cfg.pseudo_start
+    if teacher is not None and has_begun:
         update_teacher(teacher, student, ema_momentum(step - cfg.pseudo_start, cfg.ema_momentum))
     elif teacher is not None:  # until then it is a copy
         teacher.load_state_dict(student.state_dict())
@@ -155,13 +155,13 @@ def train_step(state: State, parts: list[Batch]) -> tuple[dict[str, Tensor], dic
 
         # 1. The teacher sees the plain images and turns their boxes into pseudo masks.
         with state.autocast:
-            pseudo = teacher.make_pseudo_masks(batch) if makes_masks else None
+            pseudo = teacher.make_pseudo_masks(batch) if teacher and has_begun else None
         # 2. The student sees the same images in other colors (if cfg.student_augmentation says so).
         skip = (distributed.rank() * len(parts) + part) * num_images
         images = augment(batch.images, batch.sizes, cfg.student_augmentation, colors, skip)
         # 3. It learns from the boxes and from the pseudo masks.
         with state.autocast:
-            losses, metrics = state.model(images, batch, weak_factor(cfg, step), pseudo)
+            losses, metrics = state.model(images, batch, weak_factor(cfg, step), pseudo, has_begun)
         (sum(losses.values()) / len(parts)).backward()
 
         parts_losses.append(losses)

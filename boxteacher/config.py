@@ -89,7 +89,7 @@ class Config:
 
     # --- losses and teacher -------------------------------------------------
     pairwise_weight: float = 1.0  # of BoxInst's pairwise loss
-    pairwise_ends: bool = False  # it has no weight any more once pseudo masks have begun
+    pairwise_ends: bool = False  # it ends at pseudo_start, in mode boxinst too
     pseudo_mask_weight: float = 0.5  # lambda_p, of the noise-aware pixel loss
     pseudo_affinity_weight: float = 0.1  # lambda_a, of the noise-reduced affinity loss
     color_threshold: float = 0.3  # tau: pairs of pixels with this color similarity are learned

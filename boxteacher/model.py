@@ -132,13 +132,14 @@ class CondInst(nn.Module):
         batch: Batch,
         weak_factor: float = 1.0,
         pseudo: PseudoMasks | None = None,
+        has_begun: bool = False,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The weighted losses of one batch, and metrics: fractions [2] (numerator, denominator).
 
         images uint8 [N, 3, H, W]: what the student sees (`batch.images` is the plain copy, from
         which colors are compared). weak_factor in [0, 1]: the warm-up of the losses that use no
-        true labels (pairwise, pseudo_mask, pseudo_affinity). Sums are divided by the mean count
-        over ranks, so a global batch has the same losses on any number of processes.
+        true labels (pairwise, pseudo_mask, pseudo_affinity). has_begun: cfg.pseudo_start is over.
+        Sums are divided by the mean count over ranks, whatever the number of processes.
         """
         cfg = self.cfg
         encoded = self.encode(self.normalize(images, batch.sizes))
@@ -152,9 +153,8 @@ class CondInst(nn.Module):
 
         dtype = encoded.predictions.class_logits.dtype
         counts = reduce_mean(torch.stack([count.to(dtype) for _, count in sums.values()]))
-        has_ended = cfg.pairwise_ends and pseudo is not None
         weak = {
-            "pairwise": 0.0 if has_ended else cfg.pairwise_weight,
+            "pairwise": 0.0 if has_begun and cfg.pairwise_ends else cfg.pairwise_weight,
             "pseudo_mask": cfg.pseudo_mask_weight,
             "pseudo_affinity": cfg.pseudo_affinity_weight,
         }

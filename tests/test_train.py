@@ -321,13 +321,12 @@ def test_bfloat16_and_compilation_are_chosen_by_the_device_unless_said(tmp_path)
     assert "note: compile" not in resumed.err
 
 
-def test_until_pseudo_start_it_is_boxinst_and_the_teacher_a_copy(tmp_path):
+def test_until_pseudo_start_it_is_boxinst_and_then_the_pairwise_loss_may_end(tmp_path):
     words = [*TINY, "--norm", "bn", "--mask-norm", "bn", "--lr-schedule", "step", "--lr-drops", ""]
-    words += ["--warmup-steps", 0, "--weak-warmup-steps", 1, "--pseudo-start", 3]
-    words += ["--pairwise-ends"]
-    runs = {"boxinst": 2, "boxteacher": 3, "both": 4}
+    words += ["--warmup-steps", 0, "--weak-warmup-steps", 1, "--pseudo-start", 3, "--pairwise-ends"]
+    runs = {"boxinst": 2, "boxteacher": 3, "both": 4, "boxinst ends": 4}
     for name, steps in runs.items():
-        mode = name if name != "both" else "boxteacher"
+        mode = "boxinst" if name.startswith("boxinst") else "boxteacher"
         ended = train(*words, "--mode", mode, "--steps", steps, "--out", tmp_path / name)
         assert ended.code == 0, ended.err
         assert ("pseudo_start=3 is beyond steps=3" in ended.err) == (name == "boxteacher")
@@ -337,7 +336,8 @@ def test_until_pseudo_start_it_is_boxinst_and_the_teacher_a_copy(tmp_path):
     steps = steps_of(tmp_path / "both")
     assert [steps[n] for n in (1, 2)] == list(steps_of(tmp_path / "boxinst").values())
     assert ["pseudo_mask" in steps[n] for n in (1, 2, 3, 4)] == [False, False, False, True]
-    assert [steps[n]["pairwise"] > 0 for n in (1, 2, 3, 4)] == [True, True, True, False]
+    for run in (steps, steps_of(tmp_path / "boxinst ends")):
+        assert [run[n]["pairwise"] > 0 for n in (1, 2, 3, 4)] == [True, True, True, False]
 
 
 # --- interruptions --------------------------------------------------------------------------------
