@@ -34,7 +34,7 @@ SMALL: dict[str, Any] = dict(
     tower_convs=2,
     mask_branch_channels=64,
     mask_branch_convs=2,
-    steps=1200,
+    steps=1800,
     batch_size=8,
     optimizer="adamw",
     lr=1e-3,
@@ -61,7 +61,7 @@ PRESETS: dict[str, Preset] = {
             size_unit=48,
             max_mask_locations=16,
             # Not the paper's. Over these steps the paper's losses gain less (docs/study.md).
-            pseudo_start=800,
+            pseudo_start=1200,
             pairwise_ends=True,
             pseudo_mask_weight=2.0,
         ),

@@ -338,11 +338,11 @@ def test_help_shows_the_values_of_the_preset(capsys, name):
 
 
 def test_help_is_about_the_command_it_belongs_to(capsys):
-    """`python train.py` runs preset shapes: 1200 steps, not the 90,000 of Config()."""
+    """`python train.py` runs preset shapes: 1800 steps, not the 90,000 of Config()."""
     shown = printed(capsys, "--help")
     assert "those of preset shapes." in shown
     assert "  --lr 0.001 " in shown
-    assert "  --steps 1200 " in shown
+    assert "  --steps 1800 " in shown
     assert "  --steps 1000 " in printed(capsys, "nuclei", "--help")
 
 

@@ -213,7 +213,7 @@ def test_a_page_has_tables_curves_and_pictures_and_needs_nothing_else(runs, tmp_
     assert "20.0" in words  # AP of the last evaluation, not of the first
     assert "star & ring" in words
     assert "12.3" in words
-    assert "1000 of 1200" in words
+    assert "1000 of 1800" in words
     assert "max_mask_locations" not in words  # equal in both runs
     charts = [a["aria-label"] for tag, a in page.tags if tag == "svg"]
     assert {"mask AP", "box AP", "loss: class", "IoU of pseudo masks with true masks"} <= {*charts}

@@ -16,10 +16,10 @@ class C(NamedTuple):
 
 
 FIRST, BOXINST = "BoxInst, first part", "BoxInst"
-CONDINST = "--mode condinst --mask-channels 16"  # the network of the other modes
-PAPER = "--no-pairwise-ends --pseudo-mask-weight 0.5"  # its losses and their weights
-ENDS = "--pairwise-ends --pseudo-mask-weight 2"  # for shapes chosen on seed 10
+PAPER = "--no-pairwise-ends --pseudo-mask-weight 0.5"  # the losses of the papers, to the end
+ENDS = "--pairwise-ends --pseudo-mask-weight 2"  # chosen on seed 10 of the shapes
 THRESHOLD = "--mask-threshold 0.7"  # the same
+CONDINST = "--mode condinst --mask-channels 16"  # the network of the other modes
 STEPS = {"shapes": 1800, "nuclei": 1000}  # of the first part
 TEACHER = {"shapes": THRESHOLD, "nuclei": ""}
 MASKS = {
@@ -32,23 +32,19 @@ def two_parts(preset: str, changes: dict[str, str]) -> list[C]:
     """What a third more steps make of a BoxInst run, and CondInst with the steps of both parts.
     `changes`: further rows, BoxTeacher with other words."""
     steps = STEPS[preset]
+    paper = f"{preset} --pseudo-start 0 {PAPER}"
     more = f"--steps {steps // 3} --lr 0.0005 --warmup-steps 16 --weak-warmup-steps 1"
-    teacher = {"BoxTeacher": TEACHER[preset]} | changes
+    teacher = {"BoxTeacher": TEACHER[preset], "BoxTeacher, pairwise loss ends": ENDS} | changes
+    second = {
+        BOXINST: f"{paper} {more} --mode boxinst",
+        "BoxInst, pairwise loss ends": f"{paper} {more} --mode boxinst --pairwise-ends",
+        **{label: f"{paper} {more} {words}".strip() for label, words in teacher.items()},
+        "CondInst": f"{preset} {CONDINST} {more} {MASKS[preset]}".strip(),
+    }
     return [
-        C(FIRST, f"{preset} --mode boxinst --steps {steps}", "", "", BOXINST),
-        C(BOXINST, f"{preset} --mode boxinst {more}", FIRST, "", BOXINST),
+        C(FIRST, f"{paper} --mode boxinst --steps {steps}", "", "", BOXINST),
         C("self-training", f"{preset} {CONDINST} {more}", FIRST, FIRST, BOXINST),
-        *(
-            C(
-                label,
-                f"{preset} {more} --pseudo-start 0 {PAPER} {words}".strip(),
-                FIRST,
-                "",
-                BOXINST,
-            )
-            for label, words in teacher.items()
-        ),
-        C("CondInst", f"{preset} {CONDINST} {more} {MASKS[preset]}".strip(), FIRST, "", BOXINST),
+        *(C(label, words, FIRST, "", BOXINST) for label, words in second.items()),
         C(
             "CondInst from scratch",
             f"{preset} --mode condinst --steps {steps + steps // 3} {MASKS[preset]}".strip(),
@@ -62,7 +58,6 @@ STUDIES: dict[str, list[C]] = {
         "shapes",
         {
             "threshold 0.5": "",
-            "pairwise loss ends": ENDS,
             "pixel loss only": f"{THRESHOLD} --pseudo-affinity-weight 0",
             "affinity loss only": f"{THRESHOLD} --pseudo-mask-weight 0",
             "detection's score": f"{THRESHOLD} --pseudo-score detection",
@@ -76,15 +71,16 @@ STUDIES: dict[str, list[C]] = {
             "teacher at 1.2x": f"{THRESHOLD} --teacher-size 230 --test-max-size 384",
         },
     ),
-    "nuclei": two_parts("nuclei", {"threshold 0.7": THRESHOLD, "pairwise loss ends": ENDS}),
+    "nuclei": two_parts("nuclei", {"threshold 0.7": THRESHOLD}),
     "default": [
         C("BoxInst", "shapes --mode boxinst"),
         C("BoxTeacher", "shapes"),
+        C("BoxInst, the paper's losses", f"shapes --mode boxinst {PAPER}"),
         C("BoxTeacher, the paper's losses", f"shapes {PAPER}"),
         C("CondInst", "shapes --mode condinst"),
     ],
     "length": [
-        C(f"{mode} x{x}", f"shapes --mode {mode} --steps {int(x * 1200)}", "", "", f"boxinst x{x}")
+        C(f"{mode} x{x}", f"shapes --mode {mode} --steps {int(x * 1800)}", "", "", f"boxinst x{x}")
         for x in (0.5, 1, 2, 4)
         for mode in ("boxinst", "boxteacher", "condinst")
     ],
