@@ -15,7 +15,7 @@ class C(NamedTuple):
     reference: str = ""  # the one to compare with, by default the study's first
 
 
-FIRST, BOXINST = "BoxInst, first part", "BoxInst"
+FIRST, BOXINST, SELF_TRAINING = "BoxInst, first part", "BoxInst", "self-training"
 PAPER = "--no-pairwise-ends --pseudo-mask-weight 0.5"  # the losses of the papers, to the end
 ENDS = "--pairwise-ends --pseudo-mask-weight 2"  # chosen on seed 10 of the shapes
 THRESHOLD = "--mask-threshold 0.7"  # the same
@@ -37,14 +37,17 @@ def two_parts(preset: str, changes: dict[str, str]) -> list[C]:
     teacher = {"BoxTeacher": TEACHER[preset], "BoxTeacher, pairwise loss ends": ENDS} | changes
     second = {
         BOXINST: f"{paper} {more} --mode boxinst",
+        SELF_TRAINING: f"{preset} {CONDINST} {more}",
         "BoxInst, pairwise loss ends": f"{paper} {more} --mode boxinst --pairwise-ends",
         **{label: f"{paper} {more} {words}".strip() for label, words in teacher.items()},
         "CondInst": f"{preset} {CONDINST} {more} {MASKS[preset]}".strip(),
     }
     return [
         C(FIRST, f"{paper} --mode boxinst --steps {steps}", "", "", BOXINST),
-        C("self-training", f"{preset} {CONDINST} {more}", FIRST, FIRST, BOXINST),
-        *(C(label, words, FIRST, "", BOXINST) for label, words in second.items()),
+        *(
+            C(label, words, FIRST, FIRST if label == SELF_TRAINING else "", BOXINST)
+            for label, words in second.items()
+        ),
         C(
             "CondInst from scratch",
             f"{preset} --mode condinst --steps {steps + steps // 3} {MASKS[preset]}".strip(),
