@@ -322,7 +322,7 @@ def test_the_weak_factor_scales_the_losses_without_true_masks_and_no_other():
 
 
 def test_a_pseudo_mask_that_is_empty_in_its_box_keeps_its_weight():
-    model, batch = make_model(), make_batch((1,))
+    model, batch = make_model(pseudo_mask_weight=0.5), make_batch((1,))
     pseudo = make_pseudo(batch)
     empty = PseudoMasks(torch.zeros_like(pseudo.masks), pseudo.weights)
     values, _ = model(batch.images, batch, 1.0, empty)

@@ -14,7 +14,8 @@ GOOD |= {"pseudo_masks_share": 0.9, "pseudo_mask_iou": math.nan}
 
 def warnings_of(lines, start=0, *words):
     """All warnings of a run of 1000 steps that logs `lines` metrics, one every 20 steps."""
-    traps = Traps(parse(["shapes", "--steps=1000", "--warmup-steps=50", *words]), start)
+    steps = ["--steps=1000", "--warmup-steps=50", "--pseudo-start=0"]
+    traps = Traps(parse(["shapes", *steps, *words]), start)
     told = (traps.warnings(start + 20 * k, GOOD | line) for k, line in enumerate(lines, 1))
     return [warning for warnings in told for warning in warnings]
 
@@ -60,6 +61,8 @@ def test_pseudo_masks_are_waited_for_anew_after_each():
     assert warnings_of([none] * 11 + [one] + [none] * 9) == []
     assert warnings_of([none] * 9, 500) == []
     assert len(warnings_of([none] * 10, 500)) == 1
+    assert warnings_of([none] * 34, 0, "--pseudo-start=500") == []
+    assert len(warnings_of([none] * 35, 0, "--pseudo-start=500")) == 1
 
 
 @pytest.mark.parametrize(
