@@ -86,7 +86,7 @@ PRESETS: dict[str, Preset] = {
             weak_warmup_steps=250,
             max_detections=1000,
         ),
-        "here: 41.5 mask AP, seed 1; 47.9 after BoxInst (45.7), 3 seeds; CondInst 48.5",
+        "here: 41.5 mask AP, seed 1; 47.1 after BoxInst (45.2), 5 seeds; CondInst 47.3",
     ),
     "photos": Preset(
         SMALL
