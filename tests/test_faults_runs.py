@@ -799,7 +799,7 @@ def test_torchrun_restarts_a_run_after_a_kill_and_all_ranks_stop_together(whole,
     assert len(stopped) == 1, err
     step = load_checkpoint(folder / "last.pt")["step"]
     assert list(steps_of(folder)) == list(range(1, step + 1))
-    assert before < step < 12
+    assert before < step <= 12  # on a busy machine the signal may come after the last step
     resumed = train("--resume", "--out", folder)
     assert resumed.code == 0, resumed.err
     assert_same_run(folder, whole, rel=1e-3)
