@@ -74,7 +74,7 @@ def views(size: Size, boxes: Tensor, cfg: Config, looks: Looks) -> Iterator[Seen
         resized = tuple(max(round(scale * side), 1) for side in base.resized)
         everything.append((View(size, resized, (0, 0, *resized), False), range(len(boxes))))
     for g, (x1, y1, x2, y2) in enumerate(boxes.tolist()):
-        factor = looks.zoom / max(x2 - x1, y2 - y1, 1.0)
+        factor = looks.zoom / max(x2 - x1, y2 - y1, 1.0)  # float32 may leave no extent
         if factor > base.resized[0] / size[0]:
             resized = tuple(max(round(factor * side), 1) for side in size)
             middle = factor * (y1 + y2) / 2, factor * (x1 + x2) / 2

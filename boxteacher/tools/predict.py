@@ -179,6 +179,7 @@ def main() -> None:
         settings["pictures_of"] = str(root)  # with another root, names would meet
     model, state = load_network(args.checkpoint, given)
     lines, results_path = args.output / "results.jsonl", args.output / "results.json"
+    overlays, instances = (args.output / part for part in PICTURES)
     done = {line["file_name"] for line in lines_so_far(lines, settings)}
     todo, count = [name for name in names if name not in done], len(done)
     if done:
@@ -196,10 +197,10 @@ def main() -> None:
         png = target.with_name(target.name.removesuffix(".png") + ".png")
         ids = instance_map(masks, size) if args.draw or args.instance_maps else None
         if args.instance_maps:
-            save_picture(Image.fromarray(ids), args.output / "instances" / png)
+            save_picture(Image.fromarray(ids), instances / png)
         if args.draw:
             picture = overlay(pixels, ids, found, state["class_names"], args.draw)
-            save_picture(picture, args.output / "overlays" / png)
+            save_picture(picture, overlays / png)
         results = to_coco_results(count, found, state["category_ids"])
         for result in results:
             result["file_name"] = name
