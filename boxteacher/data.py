@@ -400,9 +400,11 @@ def make_train_loader(
 ) -> StepLoader:
     """Yields, for each step from start_step to cfg.steps - 1, the list of the rank's
     `cfg.accumulate` Batches, its parts. Images are grouped by aspect, unless a crop makes them all
-    one size."""
+    one size. A crop is placed around one box. With crops an image comes as often as it has boxes,
+    so all boxes of the set are chosen equally often, those of large images too."""
     is_wide = (dataset.sizes[:, 1] >= dataset.sizes[:, 0]) | (cfg.crop > 0)
-    order = train_order(is_wide.tolist(), cfg, start_step, rank, world_size)
+    times = np.diff(dataset.boxes.offsets) if cfg.crop else np.ones(len(dataset), int)
+    order = train_order(is_wide.tolist(), times.tolist(), cfg, start_step, rank, world_size)
     batches = make_loader(dataset, order, cfg.workers, collate, cfg.device != "cpu")
     return StepLoader(batches, max(cfg.steps - start_step, 0), cfg.accumulate)
 
@@ -423,18 +425,24 @@ class StepLoader:
 
 
 def train_order(
-    is_wide: list[bool], cfg: Config, start_step: int, rank: int, world_size: int
+    is_wide: list[bool],
+    times: list[int],
+    cfg: Config,
+    start_step: int,
+    rank: int,
+    world_size: int,
 ) -> Iterator[list[Item]]:
     """The items of the rank, one list for each part of each step.
 
-    Endless shuffles are cut into global batches, which are all wide or all tall. The key is the
-    image's position in the run. So images and their draws depend on the seed and the step alone,
-    if the global batch is of equal size. True masks come where training learns from them. In mode
-    boxteacher they are otherwise for the log (the IoU of pseudo masks), so they come with the steps
-    that are logged.
+    Endless shuffles are cut into global batches, which are all wide or all tall. A shuffle has
+    image i times[i] times. The key is the image's position in the run. So images and their draws
+    depend on the seed and the step alone, if the global batch is of equal size. True masks come
+    where training learns from them. In mode boxteacher they are otherwise for the log (the IoU of
+    pseudo masks), so they come with the steps that are logged.
     """
     size = cfg.batch_size // (world_size * cfg.accumulate)  # images of a part
-    run = itertools.islice(_global_batches(is_wide, cfg.batch_size, cfg.seed), cfg.steps)
+    batches = _global_batches(is_wide, times, cfg.batch_size, cfg.seed)
+    run = itertools.islice(batches, cfg.steps)
     for step, batch in itertools.islice(enumerate(run, 1), start_step, None):
         is_learned = cfg.mode == "condinst" or cfg.use_masks
         is_shown = cfg.mode == "boxteacher" and is_due(cfg, step, cfg.log_every)
@@ -443,11 +451,14 @@ def train_order(
             yield items[part * size : (part + 1) * size]
 
 
-def _global_batches(is_wide: list[bool], size: int, seed: int) -> Iterator[list[tuple[int, int]]]:
+def _global_batches(
+    is_wide: list[bool], times: list[int], size: int, seed: int
+) -> Iterator[list[tuple[int, int]]]:
+    images = np.repeat(np.arange(len(is_wide)), times)
     positions, waiting = itertools.count(), {True: [], False: []}
     for epoch in itertools.count():
         rng = np.random.default_rng((seed, epoch))
-        for index in rng.permutation(len(is_wide)).tolist():
+        for index in rng.permutation(images).tolist():
             group = waiting[is_wide[index]]
             group.append(index)
             if len(group) == size:

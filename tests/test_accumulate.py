@@ -65,7 +65,7 @@ def test_a_run_in_parts_goes_on_as_if_it_had_not_stopped(tmp_path):
 def test_the_parts_of_all_ranks_are_the_images_of_the_step(world_size, parts):
     def batches(world_size: int, parts: int, rank: int) -> list[list[tuple[int, int]]]:
         cfg = Config(batch_size=8, steps=5, accumulate=parts)
-        return list(train_order([True] * 10, cfg, 2, rank, world_size))
+        return list(train_order([True] * 10, [1] * 10, cfg, 2, rank, world_size))
 
     of_rank = []
     for rank in range(world_size):

@@ -802,17 +802,33 @@ def test_a_resumed_run_is_the_tail_of_the_whole(monkeypatch):
 
 def test_order_shuffles_groups_and_visits_all_equally():
     is_wide = [index % 3 > 0 for index in range(30)]
-    batches = list(data.train_order(is_wide, Config(batch_size=4, steps=300), 0, 0, 1))
+    batches = list(data.train_order(is_wide, [1] * 30, Config(batch_size=4, steps=300), 0, 0, 1))
     assert len(batches) == 300
     assert all(len({is_wide[item.index] for item in batch}) == 1 for batch in batches)
     counts = np.bincount([item.index for batch in batches for item in batch])
     assert counts.min() >= 38
     assert counts.max() <= 42
     assert [item.key for batch in batches for item in batch] == list(range(1200))
-    ungrouped = list(data.train_order([True] * 30, Config(batch_size=5, steps=12), 0, 0, 1))
+    cfg = Config(batch_size=5, steps=12)
+    ungrouped = list(data.train_order([True] * 30, [1] * 30, cfg, 0, 0, 1))
     epochs = [item.index for batch in ungrouped for item in batch]
     assert sorted(epochs[:30]) == sorted(epochs[30:]) == list(range(30))
     assert epochs[:30] != epochs[30:] != list(range(30))
+
+
+def test_with_crops_all_boxes_are_chosen_equally_often():
+    coco = many(7)
+    boxes = np.bincount([a["image_id"] for a in coco["annotations"]])[1:]
+    assert len(set(boxes)) > 1
+
+    def images(crop: int) -> np.ndarray:
+        cfg = Config(steps=int(boxes.sum()), batch_size=2, crop=crop, workers=0)
+        loader = data.make_train_loader(dataset(coco, Geometry(scales=(1.0,), crop=crop)), cfg)
+        seen = [i - 1 for (batch,) in loader for i in batch.image_ids]
+        return np.bincount(seen, minlength=7)
+
+    assert (images(26) == 2 * boxes).all()  # two passes
+    assert abs(images(0) - 2 * boxes.mean()).max() <= 1.5
 
 
 @pytest.mark.parametrize(
