@@ -343,7 +343,7 @@ def test_help_is_about_the_command_it_belongs_to(capsys):
     assert "those of preset shapes." in shown
     assert "  --lr 0.001 " in shown
     assert "  --steps 1800 " in shown
-    assert "  --steps 1000 " in printed(capsys, "nuclei", "--help")
+    assert "  --steps 900 " in printed(capsys, "photos", "--help")
 
 
 def test_list_shows_all_presets_and_which_were_not_run(capsys):
