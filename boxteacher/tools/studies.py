@@ -20,45 +20,34 @@ PAPER = "--no-pairwise-ends --pseudo-mask-weight 0.5"  # the losses of the paper
 ENDS = "--pairwise-ends --pseudo-mask-weight 2"  # chosen on seed 10 of the shapes
 THRESHOLD = "--mask-threshold 0.7"  # the same
 CONDINST = "--mode condinst --mask-channels 16"  # the network of the other modes
-STEPS = {"shapes": 1800, "nuclei": 1000}  # of the first part
-TEACHER = {"shapes": THRESHOLD, "nuclei": ""}
-MASKS = {
-    "shapes": "",  # they have some
-    "nuclei": "--train-json ../shared/data/nuclei/annotations/instances_train.json",
-}
+MORE = "--steps 600 --lr 0.0005 --warmup-steps 16 --weak-warmup-steps 1"  # a second part
+MASKS = "--train-json ../shared/data/nuclei/annotations/instances_train.json"
 
 
-def two_parts(preset: str, changes: dict[str, str]) -> list[C]:
-    """What a third more steps make of a BoxInst run, and CondInst with the steps of both parts.
-    `changes`: further rows, BoxTeacher with other words."""
-    steps = STEPS[preset]
-    paper = f"{preset} --pseudo-start 0 {PAPER}"
-    more = f"--steps {steps // 3} --lr 0.0005 --warmup-steps 16 --weak-warmup-steps 1"
-    teacher = {"BoxTeacher": TEACHER[preset], "BoxTeacher, pairwise loss ends": ENDS} | changes
+def two_parts(changes: dict[str, str]) -> list[C]:
+    """What 600 more steps make of a BoxInst run on the shapes, and CondInst with the steps of both
+    parts. `changes`: further rows, BoxTeacher with other words."""
+    paper = f"shapes --pseudo-start 0 {PAPER}"
+    teacher = {"BoxTeacher": THRESHOLD, "BoxTeacher, pairwise loss ends": ENDS} | changes
     second = {
-        BOXINST: f"{paper} {more} --mode boxinst",
-        SELF_TRAINING: f"{preset} {CONDINST} {more}",
-        "BoxInst, pairwise loss ends": f"{paper} {more} --mode boxinst --pairwise-ends",
-        **{label: f"{paper} {more} {words}".strip() for label, words in teacher.items()},
-        "CondInst": f"{preset} {CONDINST} {more} {MASKS[preset]}".strip(),
+        BOXINST: f"{paper} {MORE} --mode boxinst",
+        SELF_TRAINING: f"shapes {CONDINST} {MORE}",
+        "BoxInst, pairwise loss ends": f"{paper} {MORE} --mode boxinst --pairwise-ends",
+        **{label: f"{paper} {MORE} {words}".strip() for label, words in teacher.items()},
+        "CondInst": f"shapes {CONDINST} {MORE}",
     }
     return [
-        C(FIRST, f"{paper} --mode boxinst --steps {steps}", "", "", BOXINST),
+        C(FIRST, f"{paper} --mode boxinst --steps 1800", "", "", BOXINST),
         *(
             C(label, words, FIRST, FIRST if label == SELF_TRAINING else "", BOXINST)
             for label, words in second.items()
         ),
-        C(
-            "CondInst from scratch",
-            f"{preset} --mode condinst --steps {steps + steps // 3} {MASKS[preset]}".strip(),
-            reference=BOXINST,
-        ),
+        C("CondInst from scratch", "shapes --mode condinst --steps 2400", reference=BOXINST),
     ]
 
 
 STUDIES: dict[str, list[C]] = {
     "shapes": two_parts(
-        "shapes",
         {
             "threshold 0.5": "",
             "pixel loss only": f"{THRESHOLD} --pseudo-affinity-weight 0",
@@ -74,7 +63,15 @@ STUDIES: dict[str, list[C]] = {
             "teacher at 1.2x": f"{THRESHOLD} --teacher-size 230 --test-max-size 384",
         },
     ),
-    "nuclei": two_parts("nuclei", {"threshold 0.7": THRESHOLD}),
+    "nuclei": [
+        C(BOXINST, "nuclei --mode boxinst"),
+        C("BoxTeacher", "nuclei"),
+        C("CondInst", f"nuclei --mode condinst {MASKS}"),
+        C("BoxTeacher from the first step", "nuclei --pseudo-start 0"),
+        C("BoxTeacher, pairwise loss ends", "nuclei --pairwise-ends"),
+        C(FIRST, "nuclei --mode boxinst --steps 1200 --weak-warmup-steps 250"),
+        C(SELF_TRAINING, f"nuclei {CONDINST} {MORE}", FIRST, FIRST),
+    ],
     "default": [
         C("BoxInst", "shapes --mode boxinst"),
         C("BoxTeacher", "shapes"),
