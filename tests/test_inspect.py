@@ -257,6 +257,10 @@ def test_the_page_opens_in_a_browser(runs, tmp_path, monkeypatch):
 def test_a_folder_that_is_no_run_is_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="not the folder of a run"):
         run(monkeypatch, report, tmp_path)
+    for content in ("{}", "[]", "1"):  # of another program
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(UserError, match="not the folder of a run"):
+            run(monkeypatch, report, tmp_path)
 
 
 def test_curves_stay_in_their_frame_and_outliers_leave_it():

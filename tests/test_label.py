@@ -545,5 +545,7 @@ def test_options_that_do_not_go_together_are_refused(folder, monkeypatch):
         run(monkeypatch, *options(folder)[:-2])
     with pytest.raises(ConfigError, match="is a folder: give the file to write"):
         run(monkeypatch, *options(folder), "--output", folder)
+    with pytest.raises(ConfigError, match="is about generated images; to read files, add"):
+        run(monkeypatch, "--checkpoint", folder / "last.pt", "--val-json", folder / "val.json")
     with pytest.raises(ConfigError, match="no validation set in the checkpoint"):
         run(monkeypatch, "--checkpoint", folder / "last.pt", "--dataset", "coco", "--val-json=")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -25,6 +26,9 @@ def load_network(path: str, given: dict[str, Any]) -> tuple[CondInst, dict[str, 
     device, state = init_distributed(given.get("device", "auto")), load_checkpoint(path)
     cfg = dataclasses.replace(from_dict(state["config"], path), **given)
     validate(dataclasses.replace(cfg, resume=False, init=path))  # the weights are there
+    files = {"train_json", "train_images", "val_json", "val_images"}
+    if cfg.dataset == "shapes" and given.keys() & files:
+        raise ConfigError(f"{path} is about generated images; to read files, add --dataset coco")
     return network_of(state, cfg).to(device), state
 
 
@@ -53,13 +57,8 @@ def lines_so_far(path: Path, settings: dict[str, str]) -> Iterator[dict[str, Any
                 " settings to go on, or another --output, or remove it"
             )
         length = file.tell()
-        for line in file:
-            try:
-                content = json.loads(line)
-            except ValueError:
-                break
-            if not line.endswith(b"\n"):
-                break
-            yield content
-            length += len(line)
+        with contextlib.suppress(ValueError):  # no JSON
+            while (line := file.readline()).endswith(b"\n"):
+                yield json.loads(line)
+                length = file.tell()
     os.truncate(path, length)

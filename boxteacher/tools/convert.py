@@ -96,8 +96,7 @@ def main() -> None:
     if args.list and not lists:
         raise ConfigError(f"--list is for voc and dsb: the sets of {args.format} are its folders")
 
-    written: dict[Path, str] = {}
-    texts = []
+    written: dict[Path, tuple[str, str]] = {}
     for images in FORMATS[args.format](args.source, *lists):
         if not images.files:
             raise DataError(f"{args.source}: no images in set {images.name} ({images.folder})")
@@ -108,11 +107,10 @@ def main() -> None:
             raise DataError(f"{args.source}: two sets have the name {images.name}: rename one")
         for note in check_coco(coco, str(path)):
             print(f"warning: {note}", file=sys.stderr)
-        written[path] = json.dumps(coco)
-        texts.append(describe(path, images, coco, left_out))
-    for path, text in written.items():
-        write_text(path, text)
-    print("\n".join(texts))
+        written[path] = json.dumps(coco), describe(path, images, coco, left_out)
+    for path, (content, summary) in written.items():
+        write_text(path, content)
+        print(summary)
 
 
 if __name__ == "__main__":

@@ -123,9 +123,7 @@ def read_voc_image(
 
     numbers = read_map(source / "SegmentationObject" / f"{path.stem}.png", size)
     masks = [mask_object(0, numbers == n) for n in np.unique(numbers) if n not in (0, BORDER)]
-    boxes = [
-        np.array([o["bbox"] for o in group], float).reshape(-1, 4) for group in (masks, objects)
-    ]
+    boxes = [[found["bbox"] for found in group] for group in (masks, objects)]
     ious = np.reshape(rle_codec.iou(*boxes, [0] * len(objects)), (len(masks), len(objects)))
     for _ in range(min(ious.shape)):
         m, g = np.unravel_index(ious.argmax(), ious.shape)

@@ -49,6 +49,8 @@ def label_image(model: CondInst, pixels: np.ndarray, boxes: Tensor, looks: Looks
     Probabilities and scores are means over the looks. A mask without pixels over the threshold
     keeps those from half of its maximum. None is empty.
     """
+    if not len(boxes):
+        return []
     sums, counts, scores = [0.0] * len(boxes), [0] * len(boxes), [0.0] * len(boxes)
     sources = ["location"] * len(boxes)
     for part in batches(views(pixels.shape[:2], boxes, model.cfg, looks)):

@@ -36,7 +36,7 @@ from boxteacher.pseudo_labels import assign_to_boxes
 from boxteacher.reporting import progress
 from boxteacher.tools.common import load_network
 from boxteacher.tools.given_boxes import detection_scores
-from boxteacher.tools.statistics import show_statistics
+from boxteacher.tools.statistics import alike_pairs, show_statistics
 from boxteacher.visualize import (
     MAX_CAPTIONS,
     NEUTRAL,
@@ -97,32 +97,25 @@ def inspect_image(model: CondInst, batch: Batch, class_names: Sequence[str]) -> 
     colors = [instance_color(of_box[d]) if d in of_box else NEUTRAL for d in step.shown]
     look = dict(colors=colors, opacity=[1.0 if d in of_box else 0.2 for d in step.shown])
     found = Detections(*(part[step.shown] for part in step.found))
-    shown = {
-        f"{len(boxes)} boxes": draw(boxes, None, labels),
-        "pairs of similar color": color_pairs(
-            image.cpu(), batch.to("cpu"), model.cfg.color_threshold
-        ),
-        f"{len(of_box)} boxes got a detection": draw(
-            found.boxes, step.probs, found.labels, scores=found.scores, **look
-        ),
-        "pseudo masks (opacity: score)": draw(
-            None, masks, labels, opacity=step.pseudo.weights[0, valid]
-        ),
-    }
+    pictures = [
+        draw(boxes, None, labels),
+        color_pairs(image.cpu(), batch.to("cpu"), model.cfg.color_threshold),
+        draw(found.boxes, step.probs, found.labels, scores=found.scores, **look),
+        draw(None, masks, labels, opacity=step.pseudo.weights[0, valid]),
+    ]
+    titles = [f"{len(boxes)} boxes", "pairs of similar color"]
+    titles += [f"{len(of_box)} boxes got a detection", "pseudo masks (opacity: score)"]
     footer = (
         "Pairs: blue inside a box, red across its edge. The stronger, the more of 8."
         " Detections: in the color of the box that they got. Gray: the best of the others."
     )
-    return contact_sheet([[*shown.values()]], [*shown], footer, SIDE)
+    return contact_sheet([pictures], titles, footer, SIDE)
 
 
 def color_pairs(image: Tensor, batch: Batch, threshold: float) -> Image.Image:
     """Which pairs of pixels the colors tie together: inside a box, and across its edge."""
-    rows, columns = (side // 4 for side in batch.images.shape[-2:])
-    on_image = losses.inside_masks(batch.sizes, rows, columns)
-    is_alike = losses.color_similarity(batch.images, on_image)[0] >= threshold
-    in_box = losses.box_masks(batch.boxes[0, batch.valid[0]], rows, columns)
-    inside, across = torch.zeros(2, rows, columns)
+    _, is_alike, in_box = alike_pairs(batch, threshold)
+    inside, across = torch.zeros(2, *is_alike.shape[1:])
     for direction, (dy, dx) in enumerate(losses.NEIGHBORS):
         other = losses.shifted(in_box[None], dy, dx)[0]
         inside += (in_box & other & is_alike[direction]).any(0) / 8
@@ -157,7 +150,6 @@ def main() -> None:
     if options.statistics:
         return show_statistics(data, cfg, images)
     chosen = range(min(images, len(data)))
-    options.output.mkdir(parents=True, exist_ok=True)
     for index in progress(chosen, "inspect", len(chosen)):
         batch = collate([data[index, index]]).to(model.pixel_mean.device)
         picture = inspect_image(model, batch, state["class_names"])

@@ -11,21 +11,21 @@ the configuration are options, too (--device cpu).
 
 from __future__ import annotations
 
+import functools
 import glob
 import itertools
 import json
-import operator
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from boxteacher import errors
 from boxteacher.coco import DataError, image_loader
@@ -52,23 +52,6 @@ LEAST_SIDE, MOST_SIDE = 800, 2000  # the long side of a drawn picture
 PICTURES = ("overlays", "instances")  # folders below the output
 
 
-class ImageFiles(Dataset):
-    """Files as their names and pixels, uint8 [h, w, 3], or as the problem with them."""
-
-    def __init__(self, names: Sequence[str], contrast: str) -> None:
-        self.names, self.load = names, image_loader(".", contrast)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> tuple[str, np.ndarray | DataError]:
-        name = self.names[index]
-        try:
-            return name, self.load({"file_name": name})
-        except DataError as error:
-            return name, error
-
-
 def find_images(words: Sequence[str]) -> list[str]:
     """The files that are meant: files, all images below folders, and what globs match."""
     readable = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
@@ -91,17 +74,13 @@ def common_folder(words: Sequence[str]) -> Path:
     return Path(os.path.commonpath(folders))
 
 
-def is_own_picture(name: str, output: Path) -> bool:
-    """Whether an earlier call wrote it."""
-    return any((output / part).resolve() in Path(name).resolve().parents for part in PICTURES)
-
-
-def without_errors(files: Iterable[tuple[str, np.ndarray | DataError]]) -> Iterator[File]:
-    for name, pixels in files:
-        if isinstance(pixels, DataError):
-            print(f"error: {pixels}", file=sys.stderr, flush=True)
-        else:
-            yield name, pixels
+def read_file(load: Callable[[dict], np.ndarray], names: list[str]) -> File | None:
+    """The file of `names`, a list of one. None, and a line of text, if it cannot be read."""
+    try:
+        return names[0], load({"file_name": names[0]})
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return None
 
 
 def predict_all(
@@ -173,7 +152,8 @@ def main() -> None:
     args, given = parser.read(sys.argv[1:])
     if args.batch < 1 or not 0 <= args.score <= 1:
         raise ConfigError("give a --batch of 1 or more and a --score between 0 and 1")
-    names = [name for name in find_images(args.images) if not is_own_picture(name, args.output)]
+    own = {(args.output / part).resolve() for part in PICTURES}  # from an earlier call
+    names = [n for n in find_images(args.images) if own.isdisjoint(Path(n).resolve().parents)]
     settings, root = settings_of(args, "images", "batch"), common_folder(args.images)
     if args.draw or args.instance_maps:
         settings["pictures_of"] = str(root)  # with another root, names would meet
@@ -185,9 +165,9 @@ def main() -> None:
     if done:
         print(f"goes on after {count} images", file=sys.stderr)
 
-    files = ImageFiles(todo, model.cfg.contrast)
-    options = dict(collate_fn=operator.itemgetter(0), num_workers=model.cfg.workers)
-    readable = without_errors(progress(DataLoader(files, **options), "predict", len(todo)))
+    read = functools.partial(read_file, image_loader(".", model.cfg.contrast))
+    files = DataLoader(todo, num_workers=model.cfg.workers, collate_fn=read)
+    readable = filter(None, progress(files, "predict", len(todo)))
     for name, pixels, found in predict_all(model, readable, args.batch):
         count, size = count + 1, pixels.shape[:2]
         keep = (found.scores >= args.score).nonzero().flatten()

@@ -52,14 +52,15 @@ img { max-width: 100% } .key { display: inline-block; width: 12px; height: 12px;
 class Run:
     """What a run's folder says."""
 
-    def __init__(self, folder: Path, name: str, color: str) -> None:
-        self.name, self.color, self.sheet = name, color, folder / "contact_sheet.png"
-        self.key = f'<span class="key" style="background:{color}"></span>{escape(name)}'
+    def __init__(self, folder: Path, color: str) -> None:
+        self.name, self.color, self.sheet = str(folder), color, folder / "contact_sheet.png"
+        self.key = f'<span class="key" style="background:{color}"></span>{escape(self.name)}'
         given = folder / "given_boxes.json"  # written by boxteacher.tools.label
         try:
             self.config = json.loads((folder / "config.json").read_text())
+            self.mode, self.steps = self.config["mode"], self.config["steps"]
             given = json.loads(given.read_text()) if given.exists() else {}
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise errors.UserError(f"{folder}: not the folder of a run ({error})") from None
         self.given = given.get("all", {}).get("masks", {})
         self.lines = read_lines(folder / "metrics.jsonl")
@@ -106,8 +107,8 @@ def page(runs: Sequence[Run]) -> str:
     heads += ["given boxes: mean IoU", "over 0.75", "images/s"]
     rows = []
     for run in runs:
-        row = [run.key, escape(run.config["mode"])]
-        row.append(f"{run.last('step', digits=0)} of {run.config['steps']}")
+        row = [run.key, escape(run.mode)]
+        row.append(f"{run.last('step', digits=0)} of {run.steps}")
         row += [run.last("evaluation", *column) for column in columns]
         row += [f"{run.given[k]:.3f}" if k in run.given else "-" for k in ("mean_iou", "over_75")]
         rows.append([*row, run.last("images_per_s")])
@@ -150,15 +151,9 @@ def page(runs: Sequence[Run]) -> str:
 def main() -> None:
     parser = Parser("python -m boxteacher.tools.report RUN ... [...]", __doc__, fields=False)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs")
-    default = Path("report.html")
-    parser.add_argument("--output", type=Path, default=default, metavar="FILE", help=str(default))
+    parser.add_argument("--output", default="report.html", metavar="FILE", help="report.html")
     args, _ = parser.read(sys.argv[1:])
-    names = [folder.resolve().name for folder in args.runs]
-    names = [n if names.count(n) == 1 else str(args.runs[k]) for k, n in enumerate(names)]
-    runs = [
-        Run(folder, name, COLORS[number % len(COLORS)])
-        for number, (folder, name) in enumerate(zip(args.runs, names, strict=True))
-    ]
+    runs = [Run(folder, COLORS[k % len(COLORS)]) for k, folder in enumerate(args.runs)]
     write_text(args.output, page(runs))
     print(args.output)
 

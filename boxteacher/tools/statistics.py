@@ -29,6 +29,16 @@ ADVICE = {  # the most that photographs have (COCO: 9, 1.8, 3.4), and what to do
 }
 
 
+def alike_pairs(batch: Batch, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a batch of one image, on the stride-4 grid: where colors count [1, H4, W4], which pixels
+    look like their neighbors [8, H4, W4], and which lie in each box [G, H4, W4]."""
+    rows, columns = (side // 4 for side in batch.images.shape[-2:])
+    reliable = [(h - cut, w) for (h, w), cut in zip(batch.sizes, batch.cut_rows, strict=True)]
+    on_image = losses.inside_masks(reliable, rows, columns)
+    is_alike = losses.color_similarity(batch.images, on_image)[0] >= threshold
+    return on_image, is_alike, losses.box_masks(batch.boxes[0, batch.valid[0]], rows, columns)
+
+
 def pair_counts(batch: Batch, threshold: float) -> Tensor:
     """Pairs of pixels per box of a batch of one image, counted as the pairwise loss weighs them:
     once for each end in the box whose other end lies on the image.
@@ -36,13 +46,8 @@ def pair_counts(batch: Batch, threshold: float) -> Tensor:
     Returns int64 [G, 3, 2]: pairs that cross the true mask's outline, inside it and outside it
     (where there is no mask, all); all of them and those whose similarity reaches the threshold.
     """
-    rows, columns = (side // 4 for side in batch.images.shape[-2:])
-    reliable = [(h - cut, w) for (h, w), cut in zip(batch.sizes, batch.cut_rows, strict=True)]
-    on_image = losses.inside_masks(reliable, rows, columns)
-    is_alike = losses.color_similarity(batch.images, on_image)[0] >= threshold
-    in_box = losses.box_masks(batch.boxes[0][batch.valid[0]], rows, columns)
-    mask = torch.zeros_like(in_box) if batch.masks is None else batch.masks[0, : len(in_box)]
-
+    on_image, is_alike, in_box = alike_pairs(batch, threshold)
+    mask = batch.masks[0, : len(in_box)]
     counts = torch.zeros(len(in_box), 3, 2, dtype=torch.int64)
     for direction, (dy, dx) in enumerate(losses.NEIGHBORS):
         other = losses.shifted(mask, dy, dx)
@@ -60,13 +65,8 @@ def pair_shares(counts: Tensor, has_mask: Tensor) -> dict[str, float]:
     if has_mask.any():
         total, alike = counts[has_mask].sum(0).double().unbind(-1)
         is_leaky = counts[has_mask, 0, 1] > LEAKY * counts[has_mask, 0, 0]
-        shares += torch.stack(
-            [
-                *alike / total.clamp(min=1),
-                alike[0] / alike.sum().clamp(min=1),
-                is_leaky.double().mean(),
-            ]
-        )
+        shares += [*alike / total.clamp(min=1), alike[0] / alike.sum().clamp(min=1)]
+        shares.append(is_leaky.double().mean())
     return {name: round(100 * float(share), 3) for name, share in zip(ROWS, shares, strict=False)}
 
 
@@ -75,8 +75,7 @@ def statistics(data: CocoDataset, images: int, threshold: float) -> dict[str, An
     chosen = np.unique(np.linspace(0, len(data) - 1, images).astype(int)).tolist()
     batches = [collate([data[index]]) for index in chosen]
     boxes = torch.cat([b.boxes[0][b.valid[0]] for b in batches])
-    empty = batches[0].has_mask is None
-    has_mask = torch.cat([(b.valid & False if empty else b.has_mask)[b.valid] for b in batches])
+    has_mask = torch.cat([b.has_mask[b.valid] for b in batches])
     sizes = {
         "short_sides_of_images": [min(b.sizes[0]) for b in batches],
         "objects_per_image": [int(b.valid.sum()) for b in batches],
