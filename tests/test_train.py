@@ -423,7 +423,8 @@ def write_coco(folder: Path, name: str, seed: int, count: int, size: int, masks:
 def options_for(size: int) -> list[str]:
     """A preset for files, with nothing of nuclei left in it."""
     words = f"""nuclei --train-scales= --test-scale 0 --crop 0 --max-detections 30 --teacher-size 0
-        --train-sizes {size} --train-max-size {size} --test-size {size} --test-max-size {size}"""
+        --train-sizes {size} --train-max-size {size} --test-size {size} --test-max-size {size}
+        --pseudo-start 0"""
     return [*words.split(), *NETWORK]
 
 
