@@ -22,7 +22,7 @@ from boxteacher import distributed, errors
 from boxteacher.checkpoint import load_checkpoint, load_weights
 from boxteacher.coco_eval import evaluate_dataset, require_void
 from boxteacher.command_line import Parser
-from boxteacher.config import ConfigError, from_dict, validate
+from boxteacher.config import ConfigError, of_checkpoint, validate
 from boxteacher.data import Classes, make_val_set
 from boxteacher.model import build_model
 from boxteacher.published import import_published
@@ -51,9 +51,7 @@ def main() -> None:
         raise ConfigError("preset: a checkpoint has its own; replace single fields")
     else:
         state = load_checkpoint(path)
-    cfg = dataclasses.replace(from_dict(state["config"], str(path)), **given)
-    if cfg.dataset == "shapes" and given.keys() & {"val_json", "val_images"}:
-        raise ConfigError(f"{path} is about generated images; to read files, add --dataset coco")
+    cfg = of_checkpoint(state["config"], str(path), given)
     if not cfg.val_json:
         raise ConfigError(f"{path} was trained without a validation set: give --val-json FILE")
     validate(dataclasses.replace(cfg, init=str(path)))  # the weights are there

@@ -332,3 +332,13 @@ def from_dict(values: Any, where: str) -> Config:
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     return Config(**values)
+
+
+def of_checkpoint(values: Any, path: str, given: dict[str, Any]) -> Config:
+    """The configuration in a checkpoint, with the `given` fields replaced. It is not validated.
+    Raises ConfigError if files are given, but the data are generated."""
+    cfg = dataclasses.replace(from_dict(values, path), **given)
+    files = {"train_json", "train_images", "val_json", "val_images"}
+    if cfg.dataset == "shapes" and given.keys() & files:
+        raise ConfigError(f"{path} is about generated images; to read files, add --dataset coco")
+    return cfg

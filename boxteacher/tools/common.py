@@ -14,7 +14,7 @@ from typing import Any
 
 from boxteacher.checkpoint import load_checkpoint, network_of
 from boxteacher.coco import explain
-from boxteacher.config import ConfigError, from_dict, validate
+from boxteacher.config import ConfigError, of_checkpoint, validate
 from boxteacher.distributed import init_distributed
 from boxteacher.files import write_text
 from boxteacher.model import CondInst
@@ -24,11 +24,8 @@ def load_network(path: str, given: dict[str, Any]) -> tuple[CondInst, dict[str, 
     """The network of a checkpoint, the teacher where there is one, ready to predict; and the
     checkpoint. `given` replaces fields of the configuration."""
     device, state = init_distributed(given.get("device", "auto")), load_checkpoint(path)
-    cfg = dataclasses.replace(from_dict(state["config"], path), **given)
+    cfg = of_checkpoint(state["config"], path, given)
     validate(dataclasses.replace(cfg, resume=False, init=path))  # the weights are there
-    files = {"train_json", "train_images", "val_json", "val_images"}
-    if cfg.dataset == "shapes" and given.keys() & files:
-        raise ConfigError(f"{path} is about generated images; to read files, add --dataset coco")
     return network_of(state, cfg).to(device), state
 
 
