@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import statistics
 
 import pytest
 import torch
@@ -55,34 +56,38 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_float32_step_has_the_digits_of_float32(device):
-    cfg = parse([*TINY, "--shapes-train", "8", "--device", device])
-    batch = make_batch(cfg, device)
-    single, double = make_states(cfg, device)
+    """Single pixels change sides (ReLU, maximum), so the gradients of some batches differ more. Of
+    five batches, the median error was 1.0e-3 (torch 2.14) and 2.3e-3 (2.6). With channels_last maps
+    everywhere it was 8.5e-3 (both)."""
     tf32 = 100 if device == "cuda" else 1  # which keeps 10 bits of the mantissa, not 23
     loss_error = 5e-4 if device == "cuda" else 5e-7  # TF32 rounds by 5e-4; 6e-5 on an H200
+    errors = []
+    for seed in range(5):
+        cfg = parse([*TINY, "--shapes-train", "8", "--device", device, "--seed", str(seed)])
+        batch = make_batch(cfg, device)
+        single, double = make_states(cfg, device)
 
-    outputs = []
-    for state in (single, double):
-        with torch.no_grad():
-            images = state.student.normalize(batch.images, batch.sizes)
-            dtype = next(state.student.parameters()).dtype
-            encoded = state.student.encode(images.to(dtype))
-        logits, distances, centerness, maps = encoded.predictions
-        outputs.append((logits, distances, centerness, maps[0], encoded.mask_features))
-    for found, expected in zip(*outputs, strict=True):
-        assert relative_error(found, expected) < 3e-5 * tf32
+        outputs = []
+        for state in (single, double):
+            with torch.no_grad():
+                images = state.student.normalize(batch.images, batch.sizes)
+                dtype = next(state.student.parameters()).dtype
+                encoded = state.student.encode(images.to(dtype))
+            logits, distances, centerness, maps = encoded.predictions
+            outputs.append((logits, distances, centerness, maps[0], encoded.mask_features))
+        for found, expected in zip(*outputs, strict=True):
+            assert relative_error(found, expected) < 3e-5 * tf32
 
-    before = copy.deepcopy(double.student.state_dict())
-    (found, _), (expected, _) = (train.train_step(s, [batch]) for s in (single, double))
-    for name, loss in expected.items():
-        assert found[name].item() == pytest.approx(loss.item(), rel=loss_error), name
-    moved = [
-        torch.cat([(p.double() - before[n]).flatten() for n, p in s.student.named_parameters()])
-        for s in (single, double)
-    ]
-    # Single pixels change sides (ReLU, maximum). For three batches the error was 0.3e-3 to 1.3e-3,
-    # and over 4e-3 with channels_last maps everywhere.
-    assert relative_error(*moved) < 2.5e-3 * tf32
+        before = copy.deepcopy(double.student.state_dict())
+        (found, _), (expected, _) = (train.train_step(s, [batch]) for s in (single, double))
+        for name, loss in expected.items():
+            assert found[name].item() == pytest.approx(loss.item(), rel=loss_error), name
+        moved = [
+            torch.cat([(p.double() - before[n]).flatten() for n, p in s.student.named_parameters()])
+            for s in (single, double)
+        ]
+        errors.append(relative_error(*moved))
+    assert statistics.median(errors) < 4e-3 * tf32
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
