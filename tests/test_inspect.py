@@ -119,6 +119,8 @@ def test_options_of_inspect_that_do_not_go_together_are_refused(monkeypatch):
     for words in ([], ["--statistics", "--checkpoint", "a.pt", "--output", "b"], ["--output", "b"]):
         with pytest.raises(ConfigError, match="give either --statistics, or --checkpoint"):
             run(monkeypatch, inspect, *words)
+    with pytest.raises(ConfigError, match="nuclei: --checkpoint has its own configuration"):
+        run(monkeypatch, inspect, "nuclei", "--checkpoint", "last.pt", "--output", "pictures")
 
 
 def test_figures_of_photographs_bring_no_advice_and_others_do():

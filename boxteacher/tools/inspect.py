@@ -137,6 +137,8 @@ def main() -> None:
     options, given = parser.read(words)
     if options.statistics == bool(options.checkpoint and options.output):
         raise ConfigError("give either --statistics, or --checkpoint FILE and --output DIR")
+    if options.checkpoint and words != sys.argv[1:]:
+        raise ConfigError(f"{preset}: --checkpoint has its own configuration; give no preset")
     images = options.images if options.images is not None else 300 if options.statistics else 8
     if images < 1:
         raise ConfigError(f"--images is {images}: give 1 or more")
