@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from boxteacher import distributed, errors, run_folder
 from boxteacher.checkpoint import Checkpoint, load_optimizer, load_weights, save_checkpoint
+from boxteacher.coco import DataError
 from boxteacher.coco_eval import evaluate_dataset, lacks_masks, require_void
 from boxteacher.command_line import parse
 from boxteacher.config import Config, ConfigError, is_due, scaled_lr, to_json, warnings
@@ -38,13 +39,7 @@ from boxteacher.files import write_text
 from boxteacher.guard import DivergedError, RunGuard
 from boxteacher.model import CondInst, build_model, make_teacher
 from boxteacher.published import load_initial_weights, masks_for_boxes_as_published
-from boxteacher.reporting import (
-    RunLog,
-    final_summary,
-    headline_ap,
-    say_notes,
-    write_contact_sheet,
-)
+from boxteacher.reporting import RunLog, final_summary, headline_ap, say_notes, write_contact_sheet
 from boxteacher.transforms import augment
 
 # --- schedules: functions of the step -------------------------------------------------------------
@@ -214,6 +209,10 @@ def train(
                 state.guard.raise_if_bad()
                 save(out / "last.pt", state, train_set)
                 evaluate_if_due()
+    except DataError:  # an image that cannot be read
+        state.guard.raise_if_bad()
+        save(out / "last.pt", state, train_set)
+        raise
     except DivergedError as error:
         state.step = error.step  # the optimizer skipped that step
         state.guard.undo_statistics()
@@ -377,15 +376,11 @@ def main() -> None:
     if distributed.is_main():
         write_text(out / "config.json", to_json(dataclasses.replace(cfg, resume=False)))
         masks = f" ({train_set.num_masks()} boxes have masks)" if cfg.use_masks else ""
-        images = f"{len(train_set)} images{masks}"
-        length = f"{images}, {cfg.steps} steps, learning rate {scaled_lr(cfg):g}"
-        print(f"{cfg.mode}: {length}, to {out}", flush=True)
+        run = f"{len(train_set)} images{masks}, {cfg.steps} steps, learning rate {scaled_lr(cfg):g}"
+        print(f"{cfg.mode}: {run}, to {out}", flush=True)
         if cfg.compile == "on":
-            print(
-                "torch.compile is on: the first step can take minutes (or --compile off)",
-                flush=True,
-            )
-    with state.guard.signals as signals:
+            print("torch.compile: the first step can take minutes (or --compile off)", flush=True)
+    with state.guard.signals.of(out) as signals:
         tables = train(state, out, train_set, val_set)
         if distributed.is_main():
             with signals.at_once():

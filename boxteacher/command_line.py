@@ -29,7 +29,7 @@ def parse(
     --help and --list print and exit.
 
     With --resume and without a preset, what is not given is as in the run that goes on:
-    read_run(folder).
+    read_run(folder). With both, so is pseudo_start, which would follow from the length.
     """
     preset, words = split_preset(argv, default=DEFAULT)
     text = f"Train BoxTeacher, BoxInst or CondInst. The values below are those of preset {preset}."
@@ -40,6 +40,9 @@ def parse(
     if given.get("resume") and preset not in argv[:1] and read_run:
         folder = given.get("out") or f"runs/{DEFAULT}"
         return override(read_run(folder), images, **(given | {"out": folder}))
+    if given.get("resume") and read_run and {"steps", "epochs"} & given.keys():
+        run = read_run(given.get("out") or f"runs/{preset}")
+        given.setdefault("pseudo_start", run.pseudo_start)
     return from_preset(**({"preset": preset, "images": images} | given))
 
 

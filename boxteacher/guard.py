@@ -6,10 +6,12 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import shlex
 import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -109,12 +111,16 @@ class StopSignals:
     case, as without this class.
     """
 
-    MESSAGE = "stopped, and all of it is saved: the same command with --resume goes on"
     ONE_SIGNAL = 2.0  # seconds: Slurm and torchrun may send the same signal both
 
     def __init__(self) -> None:
-        self.received, self.since, self.is_saved = False, 0.0, False
+        self.received, self.since, self.is_saved, self.out = False, 0.0, False, ""
         self.before: dict[int, Any] = {}
+
+    def of(self, out: Path) -> StopSignals:
+        """The same, for the run in the folder `out`."""
+        self.out = shlex.quote(str(out))
+        return self
 
     def __enter__(self) -> StopSignals:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -126,7 +132,8 @@ class StopSignals:
             signal.signal(number, handler)
 
     def stopped(self) -> Stopped:
-        return Stopped(self.MESSAGE)
+        command = f"train.py --resume --out {self.out}"
+        return Stopped(f"stopped, and all of it is saved: {command} goes on")
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:

@@ -178,6 +178,16 @@ def test_the_start_of_pseudo_masks_follows_the_length():
     assert override(cfg, steps=200, resume=True).pseudo_start == 60  # the teacher goes on
 
 
+def test_a_run_that_goes_on_keeps_its_start_of_pseudo_masks():
+    """The command that began the run is given again, with --resume. The preset has 1200."""
+    for length in (["--steps", "900"], ["--epochs", "10"]):
+        run = parse(["nuclei", *length], 720)
+        assert (run.steps, run.pseudo_start) == (900, 600)
+        runs = {"runs/nuclei": run}
+        again = parse(["nuclei", *length, "--resume"], 720, runs.get)
+        assert (again.steps, again.pseudo_start) == (900, 600)
+
+
 def test_steps_and_epochs_replace_each_other():
     steps = parse(["voc_boxteacher_r50", "--steps", "900"], 400)
     assert (steps.steps, steps.epochs) == (900, 0)

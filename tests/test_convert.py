@@ -12,6 +12,7 @@ from boxteacher.config import ConfigError
 from boxteacher.data import CocoDataset
 from boxteacher.masks import decode_mask
 from boxteacher.tools import convert
+from boxteacher.tools.yolo import number_names
 from boxteacher.transforms import Geometry
 
 RNG = np.random.default_rng(0)
@@ -311,6 +312,17 @@ def test_yolo_with_a_folder_for_each_set(tmp_path, monkeypatch):
         assert names(coco)[coco["annotations"][0]["category_id"]] == "bolt"
 
 
+def test_a_comma_or_a_hash_in_a_name_is_a_part_of_it():
+    lines = "- cup\n- bottle, glass\n  - 'fire, \"hydrant\"'\n- C#\n"
+    wanted = {0: "cup", 1: "bottle, glass", 2: 'fire, "hydrant', 3: "C#"}
+    assert number_names(lines, "\n") == wanted
+    assert number_names("0: cup, 3: 'a, b',\n 5: bird's nest", ",\n") == {
+        0: "cup",
+        3: "a, b",
+        5: "bird's nest",
+    }
+
+
 @pytest.mark.parametrize("kind", YAML)
 def test_names_in_yaml(yolo, tmp_path, monkeypatch, kind):
     write(yolo / "data.yaml", YAML[kind].replace(" # not", ""))
@@ -351,10 +363,12 @@ def test_a_folder_that_is_not_yolo(yolo, tmp_path, monkeypatch):
         run(monkeypatch, "yolo", tmp_path / "nowhere", tmp_path / "out")
 
 
-def test_boxes_belong_to_the_image_as_it_is_shown(yolo, tmp_path, monkeypatch):
+@pytest.mark.parametrize("ending", ["png", "jpg", "tif"])
+def test_boxes_belong_to_the_image_as_it_is_shown(yolo, tmp_path, monkeypatch, ending):
+    (yolo / "images/train/a.png").unlink()
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
-    Image.fromarray(picture(40, 20)).save(yolo / "images/train/a.png", exif=exif)
+    Image.fromarray(picture(40, 20)).save(yolo / f"images/train/a.{ending}", exif=exif)
     run(monkeypatch, "yolo", yolo, tmp_path / "out")
     coco = load(tmp_path / "out/boxes_train.json", yolo / "images/train")
     assert (coco["images"][0]["width"], coco["images"][0]["height"]) == (40, 20)

@@ -652,7 +652,8 @@ def test_a_signal_stops_a_run_which_goes_on_exactly(whole, tmp_path, number, wor
     assert "Traceback" not in err
     assert "Error" not in err
     assert f"{number.name}: the run stops after this step" in err
-    assert err.splitlines()[-1].startswith("stopped, and all of it is saved")
+    advice = f"train.py --resume --out {folder} goes on"
+    assert err.splitlines()[-1] == f"stopped, and all of it is saved: {advice}"
     step = load_checkpoint(folder / "last.pt")["step"]
     assert lines_in(folder) == step < 12
     resumed = train("--resume", "--out", folder)

@@ -16,6 +16,7 @@ from PIL import Image
 
 from boxteacher import losses
 from boxteacher.checkpoint import save_checkpoint
+from boxteacher.coco import DataError
 from boxteacher.command_line import parse
 from boxteacher.config import ConfigError, to_json
 from boxteacher.data import collate, make_train_set
@@ -71,6 +72,16 @@ def test_pictures_are_made_of_every_image(model, tmp_path, monkeypatch):
     assert len(pictures) == 3
     assert all(picture.width > 4 * inspect.SIDE for picture in pictures)
     assert all(picture.height > inspect.SIDE for picture in pictures)
+
+
+def test_the_classes_of_the_data_must_be_those_of_the_checkpoint(model, tmp_path, monkeypatch):
+    state = {"config": dataclasses.asdict(model.cfg), "class_names": list(CLASS_NAMES[:5])}
+    student = build_model(model.cfg, 5).state_dict()
+    state |= {"category_ids": [1, 2, 3, 4, 5], "step": 1, "student": student}
+    save_checkpoint(tmp_path / "last.pt", state | {"teacher": None, "optimizer": None})
+    words = ("--checkpoint", tmp_path / "last.pt", "--output", tmp_path / "out")
+    with pytest.raises(DataError, match=CLASS_NAMES[5]):
+        run(monkeypatch, inspect, *words)
 
 
 def test_the_pseudo_masks_are_those_of_the_teachers_step(model, batch):

@@ -328,11 +328,13 @@ def test_tiny_boxes_and_image_corners_can_be_zoomed(model, pixels):
 def test_a_box_alone_gives_itself_and_its_ellipse():
     """A box of 8 x 4 pixels. The ellipse holds the centers of 6 or 8 pixels of a row."""
     pixels = np.zeros((16, 16, 3), dtype=np.uint8)
-    guesses = label.box_guesses(pixels, torch.tensor([2.0, 2, 10, 6]))
+    guesses = label.box_guesses(pixels, torch.tensor([2.0, 2, 10, 6]), False)
+    assert guesses.keys() == {"box", "ellipse"}
     assert guesses["box"].sum() == guesses["box"].size == 32
     assert guesses["ellipse"].sum(1).tolist() == [6, 8, 8, 6]
     # a pixel whose center lies outside is touched, but does not belong
-    assert label.box_guesses(pixels, torch.tensor([1.6, 2, 9.4, 6]))["box"].sum() == 4 * 7
+    box = torch.tensor([1.6, 2, 9.4, 6])
+    assert label.box_guesses(pixels, box, False)["box"].sum() == 4 * 7
 
 
 def test_grabcut_finds_the_object_in_its_box():
@@ -342,7 +344,7 @@ def test_grabcut_finds_the_object_in_its_box():
     y, x = np.mgrid[:60, :80]
     disk = np.hypot(x - 40, y - 30) < 14
     pixels[disk] += 120
-    (found,) = [label.box_guesses(pixels, torch.tensor([26.0, 16, 55, 45]))["grabcut"]]
+    found = label.box_guesses(pixels, torch.tensor([26.0, 16, 55, 45]), True)["grabcut"]
     true = disk[16:45, 26:55]
     assert (found & true).sum() / (found | true).sum() > 0.95
 

@@ -2,6 +2,7 @@
 share."""
 
 import dataclasses
+import fcntl
 import io
 import json
 import shutil
@@ -163,6 +164,33 @@ def test_polygons_are_the_same_masks(folder, first, monkeypatch):
     for result, code in zip(results_of(folder / "poly"), wanted, strict=True):
         codes = rle_codec.frPyObjects(result["segmentation"], 64, 64)
         assert (rle_codec.decode(rle_codec.merge(codes)) == decode_mask(code["segmentation"])).all()
+
+
+def test_an_empty_mask_has_no_polygon_and_stays_a_code(folder, monkeypatch):
+    monkeypatch.setattr(predict, "polygons", lambda mask: [])
+    run(monkeypatch, folder, folder / "images/b.png", "--output", folder / "empty", "--polygons")
+    assert all("counts" in result["segmentation"] for result in results_of(folder / "empty"))
+
+
+def test_two_calls_with_one_output_do_not_mix_their_results(folder, monkeypatch):
+    output, image = folder / "shared", folder / "images/b.png"
+    run(monkeypatch, folder, image, "--output", output)
+    with open(output / "results.jsonl") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match=r"results\.jsonl: another process is writing to it"):
+            run(monkeypatch, folder, image, "--output", output)
+    run(monkeypatch, folder, image, "--output", output)
+
+
+def test_the_teachers_size_does_not_limit_the_size_of_the_test(folder, monkeypatch):
+    state = load_checkpoint(folder / "last.pt")
+    state["config"] |= {"teacher_size": 120}
+    large = folder / "large"
+    large.mkdir()
+    save_checkpoint(large / "last.pt", state)
+    words = ["--output", large / "found", "--test-size", "64", "--test-max-size", "64"]
+    run(monkeypatch, large, folder / "images/b.png", *words)
+    assert results_of(large / "found")
 
 
 def test_an_unreadable_file_costs_a_line_and_the_exit_code(folder, monkeypatch, capsys):

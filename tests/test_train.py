@@ -7,6 +7,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -477,6 +478,28 @@ def test_a_run_without_a_validation_set_says_so_and_evaluates_nothing(files, tmp
         assert sheet.size == expected.size
         difference = np.asarray(sheet.convert("RGB"), int) - np.asarray(expected, int)
     assert (np.abs(difference).max(-1) > 8).mean() < 1e-3
+
+
+def test_an_image_that_cannot_be_read_costs_no_step(files, tmp_path):
+    shutil.copytree(files[0], tmp_path / "data")
+    words = [str(word).replace(str(files[0]), str(tmp_path / "data")) for word in files[1]]
+    words = [*options_for(64), *words, "--val-json=", "--steps", 12, "--log-every", 1]
+    words += ["--batch-size", 2, "--norm", "gn", "--mask-norm", "gn"]
+    image = tmp_path / "data/train/shapes-1-8.png"  # not one of those that are looked at first
+    with Image.open(image) as png:
+        png.save(image, "JPEG")  # of which only the header is read at the start
+    assert train(*words, "--out", tmp_path / "whole").code == 0
+    content = image.read_bytes()
+    image.write_bytes(content[: len(content) // 2])
+    assert_error(train(*words, "--out", tmp_path / "out"), image, "replace it")
+    step = load_checkpoint(tmp_path / "out/last.pt")["step"]
+    assert 0 < step == len(metrics(tmp_path / "out")) < 6
+    image.write_bytes(content)
+    resumed = train("--resume", "--out", tmp_path / "out")
+    assert resumed.code == 0, resumed.err
+    whole, other = (load_checkpoint(tmp_path / f"{name}/last.pt") for name in ("whole", "out"))
+    for name, weight in whole["student"].items():
+        assert torch.equal(weight, other["student"][name]), name
 
 
 def test_condinst_says_that_it_needs_masks(files, tmp_path):

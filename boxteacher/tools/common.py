@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from boxteacher.checkpoint import load_checkpoint, network_of
 from boxteacher.coco import explain
@@ -39,12 +40,28 @@ def settings_of(args: argparse.Namespace, *ignored: str) -> dict[str, str]:
     return settings | {"weights": hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest()}
 
 
-def lines_so_far(path: Path, settings: dict[str, str]) -> Iterator[dict[str, Any]]:
-    """The lines of JSON that an interrupted call with the same settings wrote. The first line of
-    the file are the settings. A file that is not there is begun. What follows the last whole line
-    is removed. Raises ConfigError if the settings are others."""
+def claim_lines(path: Path, settings: dict[str, str]) -> BinaryIO:
+    """Begin the file with a line of the settings, unless it is there. It is locked while the result
+    lives. Raises ConfigError if another process has it."""
     if not path.exists():
         write_text(path, json.dumps(settings) + "\n")
+    file = open(path, "rb")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ConfigError(
+            f"{path}: another process is writing to it; wait for its end or give another --output"
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+    return file
+
+
+def lines_so_far(path: Path, settings: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """The lines of JSON that an interrupted call with the same settings wrote. The first line of
+    the file are the settings. What follows the last whole line is removed. Raises ConfigError if
+    the settings are others."""
     with open(path, "rb") as file:
         with explain(str(path), "remove it"):
             before = dict(json.loads(file.readline()))

@@ -21,7 +21,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 from pycocotools import mask as rle_codec
 from tqdm import tqdm
 
@@ -58,8 +58,9 @@ def make_coco(images: ImageSet, boxes_only: bool) -> tuple[dict[str, Any], Count
 def upright_size(path: Path) -> tuple[int, int]:
     """The (h, w) of an image as it is shown: EXIF may turn it by a quarter."""
     with explain(str(path), "add it, or replace it"), Image.open(path) as image:
-        is_turned = image.getexif().get(EXIF_ORIENTATION, 1) >= 5
-        return image.size if is_turned else image.size[::-1]
+        is_plain = image.getexif().get(EXIF_ORIENTATION, 1) == 1
+        # Pillow 13 gives the upright size of a TIFF, and the stored size of other files.
+        return (image if is_plain else ImageOps.exif_transpose(image)).size[::-1]
 
 
 def area_of(found: dict[str, Any], size: tuple[int, int]) -> float:

@@ -27,7 +27,7 @@ from torchvision.ops import box_iou
 from boxteacher import losses, mask_head
 from boxteacher.command_line import Parser, split_preset
 from boxteacher.config import ConfigError
-from boxteacher.data import Batch, collate, make_train_set
+from boxteacher.data import Batch, Classes, collate, make_train_set
 from boxteacher.errors import run
 from boxteacher.fcos import Detections
 from boxteacher.model import CondInst, PseudoMasks, scale_boxes
@@ -139,6 +139,7 @@ def main() -> None:
         raise ConfigError("give either --statistics, or --checkpoint FILE and --output DIR")
     if options.checkpoint and words != sys.argv[1:]:
         raise ConfigError(f"{preset}: --checkpoint has its own configuration; give no preset")
+    classes = None
     images = options.images if options.images is not None else 300 if options.statistics else 8
     if images < 1:
         raise ConfigError(f"--images is {images}: give 1 or more")
@@ -147,8 +148,9 @@ def main() -> None:
     else:
         model, state = load_network(options.checkpoint, given)
         cfg = model.cfg
+        classes = Classes(state["class_names"], state["category_ids"], options.checkpoint)
     fewer = min(images, cfg.shapes_train)  # the same first images, and less to paint
-    data = make_train_set(dataclasses.replace(cfg, shapes_train=fewer))
+    data = make_train_set(dataclasses.replace(cfg, shapes_train=fewer), classes)
     if options.statistics:
         return show_statistics(data, cfg, images)
     chosen = range(min(images, len(data)))

@@ -48,7 +48,7 @@ from boxteacher.files import append_line, check_writable, write_text
 from boxteacher.masks import decode_mask, encode_mask, polygons
 from boxteacher.model import CondInst
 from boxteacher.reporting import progress, say_notes
-from boxteacher.tools.common import lines_so_far, load_network, settings_of
+from boxteacher.tools.common import claim_lines, lines_so_far, load_network, settings_of
 from boxteacher.tools.given_boxes import Looks, label_image, window
 from boxteacher.transforms import resized_size
 from boxteacher.visualize import contact_sheet, draw_instances, save_picture, sheet_side
@@ -63,10 +63,10 @@ DRAWN = 3  # images in the picture of --draw
 # --- against true masks ---------------------------------------------------------------------------
 
 
-def box_guesses(pixels: np.ndarray, box: Tensor) -> dict[str, np.ndarray]:
+def box_guesses(pixels: np.ndarray, box: Tensor, with_grabcut: bool) -> dict[str, np.ndarray]:
     """What a box [4] alone says of its mask, in its window: its inscribed ellipse, filled, and what
     GrabCut (OpenCV) makes of it, which learns the background from a margin of half a box. Where
-    that leaves nothing, the ellipse stands in."""
+    that leaves nothing, the ellipse stands in. GrabCut takes seconds for a large box."""
     rows, columns = window(box, pixels.shape[:2])
     height, width = rows.stop - rows.start, columns.stop - columns.start
     x1, y1, x2, y2 = box.tolist()
@@ -77,7 +77,7 @@ def box_guesses(pixels: np.ndarray, box: Tensor) -> dict[str, np.ndarray]:
         kind: decode_mask(box_baselines(alone, kind)[0]["segmentation"])
         for kind in ("ellipse", "box")
     }
-    if cv2 is not None:
+    if with_grabcut and cv2 is not None:
         top, left = max(rows.start - height // 2 - 2, 0), max(columns.start - width // 2 - 2, 0)
         part = pixels[top : rows.stop + height // 2 + 2, left : columns.stop + width // 2 + 2]
         labels = np.full(part.shape[:2], cv2.GC_BGD, dtype=np.uint8)
@@ -105,7 +105,7 @@ def summary(rows: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
 
 
 def label_entry(
-    model: CondInst, data: CocoDataset, index: int, looks: Looks, as_polygons: bool
+    model: CondInst, data: CocoDataset, index: int, looks: Looks, args: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """For each box of an image: its annotation's `id`, the new `fields`, and the `ious` of several
     kinds of masks with the true mask, where that is known."""
@@ -118,11 +118,12 @@ def label_entry(
     for number, box, found, true in zip(numbers, boxes, masks, true_masks, strict=True):
         spans, true, ious = window(box, size), true.numpy(), {}
         corner = tuple(span.start for span in spans)
-        code = polygons(found.mask, *corner) if as_polygons else None
+        code = polygons(found.mask, *corner) if args.polygons else None
         code = code or encode_mask(found.mask, corner, size)
         fields = {"segmentation": code, "score": found.score, "mask_source": found.source}
         if true.any():
-            for kind, mask in {"masks": found.mask, **box_guesses(pixels, box)}.items():
+            guesses = box_guesses(pixels, box, with_grabcut=not args.boxes)
+            for kind, mask in {"masks": found.mask, **guesses}.items():
                 common = int((mask & true[spans]).sum())
                 ious[kind] = common / (int(mask.sum()) + int(true.sum()) - common)
         rows.append({"id": number, "fields": fields, "ious": ious})
@@ -130,7 +131,12 @@ def label_entry(
 
 
 def label_dataset(
-    model: CondInst, data: CocoDataset, looks: Looks, as_polygons: bool, lines: Path, settings: dict
+    model: CondInst,
+    data: CocoDataset,
+    looks: Looks,
+    args: argparse.Namespace,
+    lines: Path,
+    settings: dict,
 ) -> list[dict[str, Any]]:
     """The rows of all boxes but crowds. Each image's become a line of the file `lines`, and what
     an interrupted call has left there is not made again."""
@@ -140,7 +146,7 @@ def label_dataset(
         print(f"goes on after {len(rows)} of {len(data)} images", file=sys.stderr)
     for index in progress(todo, "label", len(todo)):
         image_id = int(data.image_ids[index])
-        rows[image_id] = label_entry(model, data, index, looks, as_polygons)
+        rows[image_id] = label_entry(model, data, index, looks, args)
         append_line(lines, {"image_id": image_id, "rows": rows[image_id]})
     return list(itertools.chain.from_iterable(rows.values()))
 
@@ -192,7 +198,7 @@ def read_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, A
 
 def main() -> None:
     args, given, looks = read_arguments(sys.argv[1:])
-    model, _ = load_network(args.checkpoint, given)
+    model, _ = load_network(args.checkpoint, {"teacher_size": 0} | given)
     cfg = model.cfg
     if args.boxes:
         files = dict(val_json=args.boxes, val_images=args.images)
@@ -209,7 +215,8 @@ def main() -> None:
     settings["data"] = hashlib.sha256(json.dumps(data.coco).encode()).hexdigest()
     if args.draw:
         check_writable(Path(args.draw))
-    rows = label_dataset(model, data, looks, args.polygons, lines, settings)
+    with claim_lines(lines, settings):
+        rows = label_dataset(model, data, looks, args, lines, settings)
 
     fields = {row["id"]: row["fields"] for row in rows}
     parts = {"all": rows}

@@ -36,7 +36,7 @@ from boxteacher.files import append_line, whole_file
 from boxteacher.masks import decode_mask, polygons
 from boxteacher.model import CondInst, Instances, whole_view
 from boxteacher.reporting import progress
-from boxteacher.tools.common import lines_so_far, load_network, settings_of
+from boxteacher.tools.common import claim_lines, lines_so_far, load_network, settings_of
 from boxteacher.transforms import View
 from boxteacher.visualize import (
     draw_instances,
@@ -157,38 +157,40 @@ def main() -> None:
     settings, root = settings_of(args, "images", "batch"), common_folder(args.images)
     if args.draw or args.instance_maps:
         settings["pictures_of"] = str(root)  # with another root, names would meet
-    model, state = load_network(args.checkpoint, given)
+    model, state = load_network(args.checkpoint, {"teacher_size": 0} | given)
     lines, results_path = args.output / "results.jsonl", args.output / "results.json"
     overlays, instances = (args.output / part for part in PICTURES)
-    done = {line["file_name"] for line in lines_so_far(lines, settings)}
-    todo, count = [name for name in names if name not in done], len(done)
-    if done:
-        print(f"goes on after {count} images", file=sys.stderr)
+    with claim_lines(lines, settings):
+        done = {line["file_name"] for line in lines_so_far(lines, settings)}
+        todo, count = [name for name in names if name not in done], len(done)
+        if done:
+            print(f"goes on after {count} images", file=sys.stderr)
 
-    read = functools.partial(read_file, image_loader(".", model.cfg.contrast))
-    files = DataLoader(todo, num_workers=model.cfg.workers, collate_fn=read)
-    readable = filter(None, progress(files, "predict", len(todo)))
-    for name, pixels, found in predict_all(model, readable, args.batch):
-        count, size = count + 1, pixels.shape[:2]
-        keep = (found.scores >= args.score).nonzero().flatten()
-        masks = [found.masks[k] for k in keep.tolist()]
-        found = Instances(found.boxes[keep], found.scores[keep], found.labels[keep], masks)
-        target = Path(os.path.abspath(name)).relative_to(root)
-        png = target.with_name(target.name.removesuffix(".png") + ".png")
-        ids = instance_map(masks, size) if args.draw or args.instance_maps else None
-        if args.instance_maps:
-            save_picture(Image.fromarray(ids), instances / png)
-        if args.draw:
-            picture = overlay(pixels, ids, found, state["class_names"], args.draw)
-            save_picture(picture, overlays / png)
-        results = to_coco_results(count, found, state["category_ids"])
-        for result in results:
-            result["file_name"] = name
-            if args.polygons:
-                result["segmentation"] = polygons(decode_mask(result["segmentation"]))
-        line = {"file_name": name, "height": size[0], "width": size[1], "results": results}
-        append_line(lines, line)
-    print(f"{write_results(lines, results_path)} instances in {count} images")
+        read = functools.partial(read_file, image_loader(".", model.cfg.contrast))
+        files = DataLoader(todo, num_workers=model.cfg.workers, collate_fn=read)
+        readable = filter(None, progress(files, "predict", len(todo)))
+        for name, pixels, found in predict_all(model, readable, args.batch):
+            count, size = count + 1, pixels.shape[:2]
+            keep = (found.scores >= args.score).nonzero().flatten()
+            masks = [found.masks[k] for k in keep.tolist()]
+            found = Instances(found.boxes[keep], found.scores[keep], found.labels[keep], masks)
+            target = Path(os.path.abspath(name)).relative_to(root)
+            png = target.with_name(target.name.removesuffix(".png") + ".png")
+            ids = instance_map(masks, size) if args.draw or args.instance_maps else None
+            if args.instance_maps:
+                save_picture(Image.fromarray(ids), instances / png)
+            if args.draw:
+                picture = overlay(pixels, ids, found, state["class_names"], args.draw)
+                save_picture(picture, overlays / png)
+            results = to_coco_results(count, found, state["category_ids"])
+            for result in results:
+                result["file_name"] = name
+                if args.polygons:
+                    code = result["segmentation"]  # an empty mask has no polygon
+                    result["segmentation"] = polygons(decode_mask(code)) or code
+            line = {"file_name": name, "height": size[0], "width": size[1], "results": results}
+            append_line(lines, line)
+        print(f"{write_results(lines, results_path)} instances in {count} images")
     print(results_path)
     if failed := len(todo) + len(done) - count:
         raise errors.UserError(f"{failed} of {len(todo)} files could not be read")

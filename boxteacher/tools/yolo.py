@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import re
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -41,20 +40,25 @@ def read_class_names(source: Path) -> dict[int, str]:
     """{number: name} from "names" in a YAML file ([a, b], lines of - a, or of 0: a), else from a
     file with one name in each line."""
     for path in sorted([*source.glob("*.yaml"), *source.glob("*.yml")]):
-        text = re.sub(r"(?m)#.*$", "", "\n".join(read_lines(path)))
+        text = re.sub(r"(?m)(^|\s)#.*$", "", "\n".join(read_lines(path)))
         if found := re.search(r"(?ms)^names:(.*?)(?=^[^\s\-\]}]|\Z)", text):
-            return number_names(re.split(r"[,\n]", found[1].strip().strip("[]{}")))
+            names = found[1].strip()
+            if names.startswith(("[", "{")):
+                return number_names(names.strip("[]{}"), ",\n")
+            return number_names(names, "\n")  # a comma is a part of the name
     for path in sorted([*source.glob("classes.txt"), *source.glob("*.names")]):
-        return number_names(read_lines(path))
+        return number_names("\n".join(read_lines(path)), "\n")
     require(source, "a YOLO data set", ["a YAML file with names, classes.txt or a .names file"])
     return {}
 
 
-def number_names(entries: Iterable[str]) -> dict[int, str]:
+def number_names(text: str, ends: str) -> dict[int, str]:
+    """Names in quotes, or up to one of the characters `ends`, after a number or a dash or none."""
     names: dict[int, str] = {}
-    for entry in filter(None, map(str.strip, entries)):
-        number, name = re.fullmatch(r"(?:-\s+|(\d+)\s*:\s*)?(.*)", entry).groups()
-        names[int(number or len(names))] = name.strip("\"' ")
+    entry = rf"""\s*(?:-\s+|(\d+)\s*:\s*)?("[^"\n]*"|'[^'\n]*'|[^{ends}]+)"""
+    for number, name in re.findall(entry, text):
+        if name := name.strip("\"' \t"):
+            names[int(number or len(names))] = name
     return names
 
 
