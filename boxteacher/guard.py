@@ -118,7 +118,7 @@ class StopSignals:
         self.before: dict[int, Any] = {}
 
     def of(self, out: Path) -> StopSignals:
-        """The same, for the run in the folder `out`."""
+        """Remember the run's folder, which the message of `stopped` names."""
         self.out = shlex.quote(str(out))
         return self
 

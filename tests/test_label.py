@@ -441,6 +441,22 @@ def test_the_validation_set_is_compared_with_its_true_masks(folder, monkeypatch)
         assert 0.3 < content[part]["ellipse"]["mean_iou"] < 0.8
 
 
+def test_grabcut_is_for_the_comparison_alone(folder, monkeypatch):
+    asked, box_guesses = set(), label.box_guesses
+
+    def guesses(*args, with_grabcut):
+        asked.add(with_grabcut)
+        return box_guesses(*args, False)
+
+    monkeypatch.setattr(label, "box_guesses", guesses)
+    run(monkeypatch, "--checkpoint", folder / "last.pt")
+    assert asked == {True}
+    asked.clear()
+    files = ["--boxes", folder / "val.json", "--images", folder / "val"]
+    run(monkeypatch, "--checkpoint", folder / "last.pt", *files, "--output", folder / "new.json")
+    assert asked == {False}
+
+
 def test_images_as_files_are_the_generated_ones(folder):
     words = ["--dataset=coco", f"--val-json={folder / 'val.json'}"]
     files = make_val_set(parse([*WORDS, *words, f"--val-images={folder / 'val'}"]))

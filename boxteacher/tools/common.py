@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from boxteacher.checkpoint import load_checkpoint, network_of
 from boxteacher.coco import explain
@@ -40,22 +40,23 @@ def settings_of(args: argparse.Namespace, *ignored: str) -> dict[str, str]:
     return settings | {"weights": hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest()}
 
 
-def claim_lines(path: Path, settings: dict[str, str]) -> BinaryIO:
-    """Begin the file with a line of the settings, unless it is there. It is locked while the result
-    lives. Raises ConfigError if another process has it."""
+@contextlib.contextmanager
+def claimed_lines(path: Path, settings: dict[str, str]) -> Iterator[None]:
+    """Begin the file with a line of the settings, unless it is there. Inside, this process alone
+    writes to it. Raises ConfigError if another one does."""
     if not path.exists():
         write_text(path, json.dumps(settings) + "\n")
-    file = open(path, "rb")  # noqa: SIM115
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise ConfigError(
-            f"{path}: another process is writing to it; wait for its end or give another --output"
-        ) from None
-    except OSError:
-        pass  # a file system without locks
-    return file
+    with open(path, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{path}: another process is writing to it; wait for its end or give another"
+                " --output"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield
 
 
 def lines_so_far(path: Path, settings: dict[str, str]) -> Iterator[dict[str, Any]]:

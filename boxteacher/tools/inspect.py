@@ -139,12 +139,11 @@ def main() -> None:
         raise ConfigError("give either --statistics, or --checkpoint FILE and --output DIR")
     if options.checkpoint and words != sys.argv[1:]:
         raise ConfigError(f"{preset}: --checkpoint has its own configuration; give no preset")
-    classes = None
     images = options.images if options.images is not None else 300 if options.statistics else 8
     if images < 1:
         raise ConfigError(f"--images is {images}: give 1 or more")
     if options.statistics:
-        cfg = from_preset(**({"preset": preset} | given))
+        cfg, classes = from_preset(**({"preset": preset} | given)), None
     else:
         model, state = load_network(options.checkpoint, given)
         cfg = model.cfg

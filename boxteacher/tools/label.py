@@ -48,7 +48,7 @@ from boxteacher.files import append_line, check_writable, write_text
 from boxteacher.masks import decode_mask, encode_mask, polygons
 from boxteacher.model import CondInst
 from boxteacher.reporting import progress, say_notes
-from boxteacher.tools.common import claim_lines, lines_so_far, load_network, settings_of
+from boxteacher.tools.common import claimed_lines, lines_so_far, load_network, settings_of
 from boxteacher.tools.given_boxes import Looks, label_image, window
 from boxteacher.transforms import resized_size
 from boxteacher.visualize import contact_sheet, draw_instances, save_picture, sheet_side
@@ -215,7 +215,7 @@ def main() -> None:
     settings["data"] = hashlib.sha256(json.dumps(data.coco).encode()).hexdigest()
     if args.draw:
         check_writable(Path(args.draw))
-    with claim_lines(lines, settings):
+    with claimed_lines(lines, settings):
         rows = label_dataset(model, data, looks, args, lines, settings)
 
     fields = {row["id"]: row["fields"] for row in rows}

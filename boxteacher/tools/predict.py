@@ -36,7 +36,7 @@ from boxteacher.files import append_line, whole_file
 from boxteacher.masks import decode_mask, polygons
 from boxteacher.model import CondInst, Instances, whole_view
 from boxteacher.reporting import progress
-from boxteacher.tools.common import claim_lines, lines_so_far, load_network, settings_of
+from boxteacher.tools.common import claimed_lines, lines_so_far, load_network, settings_of
 from boxteacher.transforms import View
 from boxteacher.visualize import (
     draw_instances,
@@ -160,7 +160,7 @@ def main() -> None:
     model, state = load_network(args.checkpoint, {"teacher_size": 0} | given)
     lines, results_path = args.output / "results.jsonl", args.output / "results.json"
     overlays, instances = (args.output / part for part in PICTURES)
-    with claim_lines(lines, settings):
+    with claimed_lines(lines, settings):
         done = {line["file_name"] for line in lines_so_far(lines, settings)}
         todo, count = [name for name in names if name not in done], len(done)
         if done:
