@@ -277,12 +277,13 @@ def outlines(padded: np.ndarray) -> Iterator[tuple[list[tuple[int, int]], list[t
     for side, (neighbor, (y_start, x_start), _) in enumerate(EDGES):
         is_edge = padded & ~np.roll(padded, [-step for step in neighbor], (0, 1))
         edges |= {(y + y_start, x + x_start, side) for y, x in np.argwhere(is_edge).tolist()}
-    free = edges.copy()
-    while free:
-        edge = first = min(free)
-        vertical, corners = [], []
+    seen = set()
+    for first in sorted(edges):
+        if first in seen:
+            continue
+        edge, vertical, corners = first, [], []
         while not corners or edge != first:
-            free.discard(edge)
+            seen.add(edge)
             y, x, side = edge
             if side in (1, 3):
                 vertical.append((x, y - (side == 3)))
