@@ -67,11 +67,18 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     for a missing, truncated, damaged or foreign file."""
     with contextlib.suppress(zipfile.BadZipFile):  # read_file says more about such files
         if os.path.isfile(path) and not zipfile.is_zipfile(path):  # its table is at the end
-            raise CheckpointError(f"{path}: not a PyTorch checkpoint, or cut short")
+            raise CheckpointError(f"{path}: not a checkpoint of this program, or cut short")
     state = read_file(path)
-    if state.pop("format", None) != FORMAT:
+    if not is_ours(state):
         raise CheckpointError(f"{path}: a PyTorch file, but not a checkpoint of this program")
+    del state["format"]
     return Checkpoint(path, state)
+
+
+def is_ours(content: Mapping[str, Any]) -> bool:
+    """Whether what a file holds is a checkpoint of this program."""
+    form = content.get("format")
+    return isinstance(form, str) and form == FORMAT
 
 
 def load_model(path: str | Path, device: str = "cpu") -> tuple[CondInst, list[str]]:
@@ -159,7 +166,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
     if not os.path.isfile(path):  # Path.is_file() fails on overlong names
         raise CheckpointError(f"{path}: no such checkpoint file")
     try:
-        if path.suffix == ".pkl":
+        if path.suffix == ".pkl" and not zipfile.is_zipfile(path):  # torch.save's are archives
             with open(path, "rb") as file:
                 content = RestrictedUnpickler(file, encoding="latin1").load()
         else:
@@ -224,9 +231,13 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], what: str) -> 
     """Copy all of `weights` into all of `model`. If they do not fit or are not finite, raise
     CheckpointError (see `check_fit`) and leave the model as it was."""
     check_fit(weights, model.state_dict(), what)
+    check_finite(weights, what)
+    model.load_state_dict(weights)
+
+
+def check_finite(weights: Mapping[str, Tensor], what: str) -> None:
     if bad := [name for name, value in weights.items() if not value.isfinite().all()]:
         raise CheckpointError(
             f"{what}: {len(bad)} of {len(weights)} weights are not finite, so the network would"
             f" find nothing: {', '.join(bad[:5])}{', ...' * (len(bad) > 5)}; give another file"
         )
-    model.load_state_dict(weights)

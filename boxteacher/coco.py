@@ -17,7 +17,7 @@ from reprlib import repr as short_repr
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from .errors import UserError, printable
 from .masks import REACH, are_finite, mask_extents
@@ -27,6 +27,16 @@ from .plausible import doubts, likely_form
 # left out. All other empty boxes are refused.
 KNOWN_EMPTY_BOXES = {(200365, 296.65, 388.33), (550395, 9.98, 188.56)}  # image id, x, y
 EXIF_ORIENTATION = 0x0112
+PNG_EXIF = {"exif", "xmp", "XML:com.adobe.xmp"}  # where a PNG's header may have it
+TURNS = {  # orientation -> how the stored image becomes upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 MAX_PIXELS = 178_956_970  # of an image: Pillow opens none that is larger
 
 
@@ -410,8 +420,8 @@ def _check_files(coco: dict, name: str, images_dir: str) -> None:
         path = path_of(entry["file_name"])
         with explain(path, "replace it"), open_file(path) as file, Image.open(file) as image:
             is_plain = image.size == (entry["width"], entry["height"])
-            if is_plain and (image.format != "PNG" or "exif" in image.info):  # a PNG would load
-                is_plain = image.getexif().get(EXIF_ORIENTATION, 1) == 1
+            if is_plain and (image.format != "PNG" or image.info.keys() & PNG_EXIF):
+                is_plain = orientation(image) == 1
         if not is_plain:  # let the loader decide, which knows how to rotate
             check_size(_load_image(Path(images_dir), "stretch", entry), entry, name)
 
@@ -429,6 +439,22 @@ def check_size(image: np.ndarray, entry: dict, name: str) -> None:
         )
 
 
+def orientation(image: Image.Image) -> int:
+    """EXIF's. It is 1, upright, where there is none, or none that can be read."""
+    try:
+        return image.getexif().get(EXIF_ORIENTATION, 1)
+    except Exception:  # Pillow fails for damaged EXIF data in many ways
+        return 1
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image as EXIF turns it. `ImageOps.exif_transpose` also writes the other tags again, and
+    fails if one of them is malformed."""
+    image.load()  # Pillow turns TIFF files itself
+    turn = TURNS.get(orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
 def image_loader(images_dir: str | Path, contrast: str = "none") -> Callable[[dict], np.ndarray]:
     """A function from an image entry to its file's pixels, upright, RGB uint8 [h, w, 3]."""
     return partial(_load_image, Path(images_dir), contrast)
@@ -437,15 +463,15 @@ def image_loader(images_dir: str | Path, contrast: str = "none") -> Callable[[di
 def _load_image(images_dir: Path, contrast: str, entry: dict) -> np.ndarray:
     """Any PIL mode as RGB: EXIF rotation applied, the first of several frames.
 
-    Alpha is dropped, as COCO recipes do: the colors under it stay. With contrast "stretch" the
+    Alpha is dropped, as COCO recipes do: the colors under it stay. With contrast "stretch" gray
     values are stretched before they become 8 bits (`stretch_contrast`). With "none", 16 bits become
     8 by 255/65535. Mode I counts as 16 bits if a value is over 255, else as 8. Floating point has
-    no agreed range and is refused.
+    no agreed range and is refused. Pillow reads 16-bit files with color or alpha as 8 bits.
     """
     path = images_dir / entry["file_name"]
     remedy = "replace it, or remove it from the JSON"
     with explain(str(path), remedy), open_file(path) as raw, Image.open(raw) as file:
-        image = ImageOps.exif_transpose(file)
+        image = upright(file)
         if not image.mode.startswith(("I", "F")):
             pixels = np.array(image.convert("RGB"))
             return stretch_contrast(pixels) if contrast == "stretch" else pixels
@@ -470,12 +496,15 @@ def stretch_contrast(pixels: np.ndarray) -> np.ndarray:
     """Map the image's 0.5th percentile to 0 and its 99.5th to 255, linearly, and cut the rest off.
 
     The percentiles are those of all values, so the channels of a color image keep their ratios to
-    each other, and a second stretch changes nothing. An image of (nearly) one value becomes 0.
+    each other, and a second stretch changes nothing. If the two are equal, the least and greatest
+    value take their places. An image of one value becomes 0.
     pixels of any shape and number type. Returns uint8. Raises ValueError for NaN and infinity.
     """
     if not np.isfinite(pixels).all():
         raise ValueError("pixels that are not finite numbers")
     low = float(np.percentile(pixels, 0.5, method="lower"))
     high = float(np.percentile(pixels, 99.5, method="higher"))
+    if high <= low:
+        low, high = float(pixels.min()), float(pixels.max())
     scaled = (pixels.astype(np.float64) - low) * (255 / max(high - low, 1e-12))
     return (scaled.clip(0, 255) + 0.5).astype(np.uint8)

@@ -51,8 +51,8 @@ def match_classes(found: Classes, known: Classes) -> Classes:
     class that the other lacks, or if both give the same ids to other names: one must be wrong.
     """
     names = found.names
-    if known.names == [f"class {number}" for number in known.ids]:  # a published file has no names
-        names = [f"class {number}" for number in found.ids]
+    if known.names == [f"class {number}" for number in known.ids] and len(names) == len(known.ids):
+        names = known.names  # a published file has no names. Its classes are in the order of ids
     ids = dict(zip(names, found.ids, strict=True))
     only = [[n for n in names if n not in known.names], [n for n in known.names if n not in ids]]
     differences = [

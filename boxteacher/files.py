@@ -30,9 +30,7 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
     """
     target, unfinished = _places(path)
     try:
-        if target.exists() and not target.is_file():
-            raise OSError(errno.EINVAL, "it is no regular file")
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _prepare(target)
         with open(unfinished, "wb") as file:
             yield file
             file.flush()
@@ -60,6 +58,12 @@ def _places(path: str | Path) -> tuple[Path, Path]:
     return target, target.with_name(f".{target.name}.unfinished")
 
 
+def _prepare(target: Path) -> None:
+    if target.exists() and not target.is_file():
+        raise OSError(errno.EINVAL, "it is no regular file")
+    target.parent.mkdir(parents=True, exist_ok=True)
+
+
 def write_text(path: str | Path, text: str) -> None:
     with whole_file(path) as file:
         file.write(text.encode(errors="replace"))
@@ -78,7 +82,7 @@ def check_writable(path: Path) -> None:
     """Raise WriteError if `path` could not be written now. What it holds stays."""
     target, trial = _places(path)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _prepare(target)
         trial.touch()
         trial.unlink()
     except OSError as error:

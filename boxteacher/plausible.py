@@ -54,7 +54,7 @@ def fits(corners: np.ndarray, extents: np.ndarray, sizes: np.ndarray) -> np.ndar
 
 def likely_form(boxes: np.ndarray, extents: np.ndarray | None, sizes: np.ndarray) -> str:
     """The form in which over 90 % of the boxes fit their masks, or their images if `extents` is
-    None. A remark, which is empty if they fit as they are, or in no form."""
+    None. A remark, which is empty if as many fit as they are, or if no form fits."""
     has_masks = extents is not None
     extents = extents if has_masks else np.full_like(boxes, np.nan)
     every = slice(None, None, 1 + len(boxes) // SAMPLE)
@@ -65,7 +65,7 @@ def likely_form(boxes: np.ndarray, extents: np.ndarray | None, sizes: np.ndarray
         read[f"{factor:.3g} times as large"] = factor * read[AS_IS]
     shares = {form: fits(corners, extents, sizes).mean() for form, corners in read.items()}
     best = max(shares, key=shares.__getitem__)
-    is_other = shares[best] > 0.9 and best != AS_IS
+    is_other = shares[best] > 0.9 >= shares[AS_IS]
     return f"; nearly all would, were 'bbox' {best}" if is_other else ""
 
 

@@ -25,17 +25,18 @@ from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 from torchvision.ops import box_iou
 
 from .checkpoint import (
-    FORMAT,
     Checkpoint,
     CheckpointError,
+    check_finite,
     check_fit,
+    is_ours,
     load_weights,
     read_file,
     save_checkpoint,
 )
 from .command_line import Parser
-from .config import Config
-from .data import Batch
+from .config import Config, ConfigError, from_dict
+from .data import Batch, listed
 from .errors import run
 from .fcos import Detections
 from .files import whole_file
@@ -173,6 +174,8 @@ def fit_network(
 # --- what a file holds ----------------------------------------------------------------------------
 
 
+BACKBONES = ("resnet50", "resnet101", "swin_t", "swin_b")
+HIDDEN = ("pixel_format", "stride_in_1x1")  # fields that do not show in the weights
 Networks = dict[str, dict[str, Tensor]]  # student and teacher (BoxTeacher), or model alone
 
 
@@ -198,7 +201,7 @@ def split_networks(content: Mapping[str, Any], what: str) -> Networks:
 
 
 def as_tensor(value: Any, what: str) -> Tensor:
-    if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
+    if isinstance(value, np.ndarray) and value.dtype.kind in "fiub" and value.itemsize <= 8:
         value = torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))  # a writable copy
     if not isinstance(value, Tensor):
         raise CheckpointError(f"{what} is a {type(value).__name__}, not a tensor")
@@ -278,6 +281,8 @@ def read_backbone(path: str | Path) -> dict[str, Tensor]:
             content = content[key]
     if "conv1_w" in content:
         content = {caffe2_name(k): v for k, v in content.items() if not k.endswith("_momentum")}
+    if not all(isinstance(name, str) for name in content):
+        raise CheckpointError(f"{path}: holds no weights by name")
     # Their names and shapes -> torchvision's
     weights = {}
     for name, value in content.items():
@@ -324,6 +329,7 @@ def load_backbone(body: nn.Module, name: str, weights: Mapping[str, Tensor], wha
     found = {n: v for n, v in weights.items() if not n.startswith(classifier)}
     found = {n: v for n, v in found.items() if not n.endswith("num_batches_tracked")}
     check_fit(found, {rename(n, renamed): v for n, v in own.items()}, f"{what} ({name})")
+    check_finite(found, f"{what} ({name})")
     body.load_state_dict({rename(n, inverse(renamed)): v for n, v in found.items()}, strict=False)
 
 
@@ -381,24 +387,32 @@ def _configure(
                 f"{what}: its weights say {field}={found}, preset {preset} {field}={wanted};"
                 " choose another preset"
             )
-    variant = {f: v for f, v in fields.items() if f in ("stride_in_1x1", "pixel_format")}
+    variant = {f: v for f, v in fields.items() if f in HIDDEN}
     return from_preset(preset, **(variant | given))
 
 
-def export_published(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The inverse of `import_published`: weights and counters by published names."""
-    if state["config"]["size_unit"] != 64:
-        raise CheckpointError("only models with size_unit=64 have published names")
+def export_published(
+    state: Mapping[str, Any], what: str
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A checkpoint's weights and counters by published names, and those of the HIDDEN fields that
+    are not what `import_published` takes them for: who reads the file has to know them."""
+    config = from_dict(state["config"], what)
     networks = {part: state[part] for part in ("teacher", "student") if state[part] is not None}
     iterations = state.get("iterations", {"student": state["step"]})
     weights: dict[str, Tensor] = {}
     for part, values in networks.items():
-        if "mask_branch.tower.3.0.weight" not in values or "mask_branch.tower.4.0.weight" in values:
-            raise CheckpointError("only models with mask_branch_convs=4 have published names")
+        tower = "mask_branch.tower.3.0.weight" in values, "mask_branch.tower.4.0.weight" in values
+        if config.size_unit != 64 or config.backbone not in BACKBONES or tower != (True, False):
+            raise CheckpointError(
+                f"{what}: only models with size_unit=64, mask_branch_convs=4 and one of the"
+                f" backbones {', '.join(BACKBONES)} have published names"
+            )
         renamed = to_published(values, iterations.get(part, 0))
         prefix = f"{part}." if len(networks) == 2 else ""
         weights |= {prefix + name: value for name, value in renamed.items()}
-    return weights
+    taken_for, _ = describe(split_networks(weights, what), what)
+    ours = {field: getattr(config, field) for field in HIDDEN if field in taken_for}
+    return weights, {field: value for field, value in ours.items() if value != taken_for[field]}
 
 
 # --- where training starts ------------------------------------------------------------------------
@@ -438,7 +452,7 @@ def _read_init(
     weights. They are compared here.
     """
     path, content = cfg.init, read_file(cfg.init)
-    if content.get("format") == FORMAT:
+    if is_ours(content):
         content = Checkpoint(path, content)
         fields, weights = content.get("config", {}), content["teacher"] or content["student"]
         known = content.get("class_names", ())
@@ -453,13 +467,13 @@ def _read_init(
             sizes = {name: (num_classes, *wanted[name].shape[1:]) for name in CLASS_LAYERS}
             wanted |= {name: wanted[name].new_zeros(size) for name, size in sizes.items()}
         weights, _ = fit_network(theirs, wanted, path)
-    for field in ("stride_in_1x1", "pixel_format"):
+    for field in HIDDEN:
         given = getattr(cfg, field)
         wanted = fields.get(field, given)
         if wanted != given:
-            options = {True: "--stride-in-1x1", False: "--no-stride-in-1x1"}
-            option = options.get(wanted, f"--pixel-format {wanted}")
-            raise CheckpointError(f"{path}: made for {field}={wanted}, not {given}: add {option}")
+            raise CheckpointError(
+                f"{path}: made for {field}={wanted}, not {given}: add {option(field, wanted)}"
+            )
     weights, notes = _carry_classes(weights, model_state, known, class_names, path)
     if (unit := fields.get("size_unit", cfg.size_unit)) != cfg.size_unit:
         notes.append(
@@ -467,6 +481,13 @@ def _read_init(
             f" other sizes, and its masks begin wrong (--size-unit {unit!r} keeps them)"
         )
     return weights, notes
+
+
+def option(field: str, value: bool | str) -> str:
+    """What sets one of the HIDDEN fields on the command line."""
+    if field == "pixel_format":
+        return f"--pixel-format {value}"
+    return "--stride-in-1x1" if value else "--no-stride-in-1x1"
 
 
 def _carry_classes(
@@ -492,12 +513,8 @@ def _carry_classes(
         "new": [name for name in wanted if name not in known],
         "not used": [name for name in known if name not in wanted],
     }
-    lists = [f"{len(names)} {kind} ({_some(names)})" for kind, names in kinds.items() if names]
+    lists = [f"{len(names)} {kind} ({listed(names)})" for kind, names in kinds.items() if names]
     return weights, [f"init: {path}: classes: {', '.join(lists)}"]
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + ", ..." * (len(names) > 8)
 
 
 # --- pseudo masks as the published code makes them ------------------------------------------------
@@ -553,11 +570,15 @@ def main(argv: Sequence[str]) -> None:
     options, given = parser.read(argv)
     source, target = options.source, options.target
     content = read_file(source)
-    if content.get("format") == FORMAT:
-        content = Checkpoint(source, content)
+    if is_ours(content):
+        if given:
+            raise ConfigError(f"{source}: its configuration is known; give no other options")
+        weights, hidden = export_published(Checkpoint(source, content), source)
         with whole_file(target) as file:
-            torch.save({"model": export_published(content)}, file)
+            torch.save({"model": weights}, file)
         print(f"{target}: {source} under published names")
+        for field, value in hidden.items():
+            print(f"note: its names do not say {field}={value}: give {option(field, value)}")
         return
     state = import_published(source, given.pop("preset", ""), **given)
     for note in state.pop("notes"):

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from . import distributed
 from .config import Config
 from .data import CocoDataset, collate, whole_geometry
+from .errors import printable
 from .files import append_line, write_text
 from .model import CondInst, Instances, scale_boxes
 from .pseudo_labels import assign_to_boxes
@@ -169,7 +170,7 @@ def _json_value(value: Any) -> Any:
 def say_notes(notes: Iterable[str], kind: str = "warning") -> None:
     if distributed.is_main():
         for note in notes:
-            print(f"{kind}: {note}", file=sys.stderr)
+            print(f"{kind}: {printable(note)}", file=sys.stderr)
 
 
 def final_summary(cfg: Config, out: Path, tables: dict[str, Any], minutes: float) -> str:

@@ -178,7 +178,7 @@ def test_truncated_file(tmp_path, share):
 
 def test_foreign_files(tmp_path):
     (tmp_path / "text.pt").write_text("hello")
-    assert "not a PyTorch checkpoint" in refusal(tmp_path / "text.pt")
+    assert "not a checkpoint of this program" in refusal(tmp_path / "text.pt")
     with zipfile.ZipFile(tmp_path / "zip.pt", "w") as archive:
         archive.writestr("a.txt", "hello")
     assert "damaged or foreign" in refusal(tmp_path / "zip.pt")
@@ -212,7 +212,7 @@ def test_code_in_a_file_is_not_run(tmp_path, monkeypatch):
     torch.save({"format": checkpoint.FORMAT, "x": _Evil()}, tmp_path / "evil.pt")
     assert "more than tensors" in refusal(tmp_path / "evil.pt")
     (tmp_path / "pickle.pt").write_bytes(pickle.dumps(_Evil()))
-    assert "not a PyTorch checkpoint" in refusal(tmp_path / "pickle.pt")
+    assert "not a checkpoint of this program" in refusal(tmp_path / "pickle.pt")
     assert not (tmp_path / "evil").exists()
 
 

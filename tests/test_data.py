@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import pickle
+import struct
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -16,7 +17,7 @@ import torch
 import torchvision.transforms.v2.functional as tvf
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps, PngImagePlugin
 from pycocotools import mask as rle_codec
 
 from boxteacher import data, transforms
@@ -349,6 +350,47 @@ def test_exif_rotated_images_count_as_rotated(tmp_path, suffix):
         np.testing.assert_array_equal(image, seen)
     save_rotated(tmp_path / f"a.{suffix}", (40, 30))  # 30x40 when seen upright
     with pytest.raises(DataError, match=r"image id 3.*40x30.*30x40"):
+        read_coco(json_path, images_dir)
+
+
+def test_malformed_exif_data_refuse_no_image(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    load = image_loader(tmp_path)
+    turn = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)  # a quarter
+    for odd in (
+        struct.pack("<HHI4s", 0x0128, 2, 3, b"in"),  # the unit of the resolution, as text
+        struct.pack("<HHI4s", 0x011A, 2, 3, b"72"),  # the resolution, as text
+    ):
+        entries = sorted([turn, odd], key=lambda entry: struct.unpack("<H", entry[:2]))
+        tiff = b"II*\0" + struct.pack("<IH", 8, 2) + b"".join(entries) + bytes(4)
+        Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=b"Exif\0\0" + tiff)
+        assert load({"file_name": "a.jpg"}).shape == (40, 30, 3)
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=b"Exif\0\0no TIFF header")
+    assert np.array_equal(load({"file_name": "a.png"}), pixels)
+
+
+@pytest.mark.parametrize("number", range(1, 9))
+def test_images_are_turned_as_pillow_turns_them(tmp_path, number):
+    exif = Image.Exif()
+    exif[0x0112] = number
+    image = Image.fromarray(COLOR)
+    image.save(tmp_path / "a.png", exif=exif)
+    with Image.open(tmp_path / "a.png") as stored:
+        wanted = np.array(ImageOps.exif_transpose(stored))
+    assert np.array_equal(image_loader(tmp_path)({"file_name": "a.png"}), wanted)
+
+
+def test_a_png_turned_by_xmp_is_seen_before_the_first_step(tmp_path):
+    xmp = '<x xmlns:tiff="t"><y tiff:Orientation="6"/></x>'
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", xmp)
+    coco = tiny_coco()
+    json_path, images_dir = write(tmp_path, coco)
+    entry = coco["images"][0]
+    pixels = np.zeros((entry["height"], entry["width"], 3), np.uint8)
+    Image.fromarray(pixels).save(Path(images_dir) / entry["file_name"], pnginfo=info)
+    assert image_loader(images_dir)(entry).shape == pixels.transpose(1, 0, 2).shape
+    with pytest.raises(DataError, match="upright, if EXIF rotates it"):
         read_coco(json_path, images_dir)
 
 
@@ -903,6 +945,12 @@ def test_stretched_contrast_against_sorted_values(kind):
     assert (found.min(), found.max()) == (0, 255)
     assert np.array_equal(stretch_contrast(found), found)
     assert not stretch_contrast(np.full((4, 4), 7)).any()
+    # Nearly all is background: the object keeps its values.
+    sparse = np.zeros((40, 40), np.uint8)
+    sparse[3, 4:8] = 30, 60, 90, 120
+    found = stretch_contrast(sparse)
+    assert found[3, 4:8].tolist() == [64, 128, 191, 255]
+    assert np.array_equal(stretch_contrast(found), found)
     with pytest.raises(ValueError, match="finite"):
         stretch_contrast(np.array([1.0, np.nan]))
 

@@ -467,6 +467,14 @@ def test_other_ids_of_equal_names_are_the_same_classes(ids):
     assert found.ids == ids[::-1]
 
 
+def test_classes_without_names_are_in_the_order_of_their_ids():
+    """A published file says only how many there are."""
+    published = Classes(["class 1", "class 2"], [1, 2], "published.pth")
+    assert match_classes(Classes(["rider", "car"], [25, 26], "a.json"), published).ids == [25, 26]
+    with pytest.raises(UserError, match="'class 1', 'class 2'"):
+        match_classes(Classes(["rider"], [25], "a.json"), published)
+
+
 # --- whatever is annotated ------------------------------------------------------------------------
 
 ODD = st.sampled_from(
@@ -592,6 +600,10 @@ def test_each_form_undoes_what_an_export_did():
             assert form in likely_form(found, corners, sizes)
         else:
             assert likely_form(found, corners, sizes) == ""
+    # One box of a hundred is wrong: the form is not.
+    small = np.tile([[10.0, 20, 30, 40]], (100, 1))
+    small[0, 0] = 300
+    assert likely_form(small, None, np.full((100, 2), 96)) == ""
 
 
 def test_a_box_fits_its_mask_or_without_one_its_image():

@@ -19,7 +19,7 @@ from golden.synthetic import PUBLISHED
 from boxteacher import published
 from boxteacher.backbone import ResNet, Swin
 from boxteacher.checkpoint import CheckpointError, load_checkpoint, read_file, save_checkpoint
-from boxteacher.config import Config
+from boxteacher.config import Config, ConfigError
 from boxteacher.model import CondInst, build_model
 from boxteacher.presets import MODES
 from boxteacher.published import (
@@ -137,11 +137,15 @@ def test_boxteacher_file_to_checkpoint_and_back(tmp_path):
     assert state["class_names"][:2] == ["person", "bicycle"]
     assert state["category_ids"][-2:] == [89, 90]
     save_checkpoint(tmp_path / "ours.pt", state)
-    assert_same(export_published(load_checkpoint(tmp_path / "ours.pt")), weights)
-    other = state | {"config": state["config"] | {"size_unit": 32}}  # published: a constant
-    assert "size_unit=64" in refusal(export_published, other)
+    assert_same(export_published(load_checkpoint(tmp_path / "ours.pt"), "ours.pt")[0], weights)
+    for changes in ({"size_unit": 32}, {"backbone": "mobilenet_v2"}):
+        other = state | {"config": state["config"] | changes}
+        assert "ours.pt: only models with size_unit=64" in refusal(
+            export_published, other, "ours.pt"
+        )
     shorter = {n: v for n, v in state["student"].items() if "mask_branch.tower.3" not in n}
-    assert "mask_branch_convs=4" in refusal(export_published, state | {"student": shorter})
+    message = refusal(export_published, state | {"student": shorter}, "ours.pt")
+    assert "mask_branch_convs=4" in message
     model = published_model("boxteacher", "r50")
     init = Config(**state["config"] | {"init": str(tmp_path / "in.pth")})
     load_initial_weights(model, init)
@@ -176,11 +180,25 @@ def test_the_weights_say_what_they_are(condinst_file):
 
 
 def test_program_converts_both_ways(condinst_file, tmp_path, capsys):
-    ours, back = str(tmp_path / "ours.pt"), str(tmp_path / "back.pth")
+    ours, back = str(tmp_path / "ours.pt"), str(tmp_path / "back.pkl")
     published.main([str(condinst_file), ours, "--preset", "coco_condinst_r50_1x"])
     assert "not used: iteration" in capsys.readouterr().err
     published.main([ours, back])
-    assert_same(torch.load(back)["model"], torch.load(condinst_file)["model"])
+    assert "note" not in capsys.readouterr().out
+    assert_same(read_file(back)["model"], torch.load(condinst_file)["model"])
+    with pytest.raises(ConfigError, match="no other options"):
+        published.main([ours, back, "--lr", "1"])
+    # A model of this program's own settings: names do not hold them.
+    state = load_checkpoint(ours)
+    state["config"] |= {"pixel_format": "rgb", "stride_in_1x1": False}
+    save_checkpoint(ours, state)
+    published.main([ours, back])
+    said = capsys.readouterr().out
+    assert "pixel_format=rgb: give --pixel-format rgb\n" in said
+    assert "stride_in_1x1=False: give --no-stride-in-1x1\n" in said
+    published.main([back, ours, "--pixel-format", "rgb", "--no-stride-in-1x1"])
+    config = load_checkpoint(ours)["config"]
+    assert (config["pixel_format"], config["stride_in_1x1"]) == ("rgb", False)
     argv = [str(condinst_file), ours, "--preset", "coco_boxinst_r50_1x"]
     assert "choose another preset" in refusal(published.main, argv)
     command = [sys.executable, "-m", "boxteacher.published", "none.pth", "out.pt"]
@@ -444,3 +462,20 @@ def test_backbone_from_swins_authors(tmp_path):
 def test_backbone_from_torchvisions_file(tmp_path, resnet50):
     torch.save(resnet50, tmp_path / "resnet50.pth")
     assert_same(read_backbone(tmp_path / "resnet50.pth"), resnet50)
+
+
+def test_backbones_that_are_no_weights_are_refused(tmp_path, resnet50):
+    body = ResNet("resnet50", "frozen_bn", 2)
+    before = {name: value.clone() for name, value in body.state_dict().items()}
+    holed = resnet50 | {"conv1.weight": torch.full_like(resnet50["conv1.weight"], torch.nan)}
+    assert "conv1.weight; give another file" in refusal(
+        load_backbone, body, "resnet50", holed, "a.pth"
+    )
+    assert_same(body.state_dict(), before)
+    torch.save({0: torch.zeros(1)}, tmp_path / "numbers.pth")
+    assert "no weights by name" in refusal(read_backbone, tmp_path / "numbers.pth")
+    content = pickle.dumps({"a": np.zeros(1, np.longdouble)})
+    (tmp_path / "long.pkl").write_bytes(content)
+    assert "not a tensor" in refusal(read_backbone, tmp_path / "long.pkl")
+    torch.save({"format": np.zeros(2)}, tmp_path / "odd.pt")
+    assert "not a checkpoint of this program" in refusal(load_checkpoint, tmp_path / "odd.pt")

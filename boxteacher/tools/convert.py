@@ -21,12 +21,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 from pycocotools import mask as rle_codec
 from tqdm import tqdm
 
 from boxteacher import errors
-from boxteacher.coco import EXIF_ORIENTATION, DataError, check_coco, explain
+from boxteacher.coco import DataError, check_coco, explain, orientation, upright
 from boxteacher.command_line import Parser
 from boxteacher.config import ConfigError
 from boxteacher.files import write_text
@@ -58,9 +58,8 @@ def make_coco(images: ImageSet, boxes_only: bool) -> tuple[dict[str, Any], Count
 def upright_size(path: Path) -> tuple[int, int]:
     """The (h, w) of an image as it is shown: EXIF may turn it by a quarter."""
     with explain(str(path), "add it, or replace it"), Image.open(path) as image:
-        is_plain = image.getexif().get(EXIF_ORIENTATION, 1) == 1
         # Pillow 13 gives the upright size of a TIFF, and the stored size of other files.
-        return (image if is_plain else ImageOps.exif_transpose(image)).size[::-1]
+        return (image if orientation(image) == 1 else upright(image)).size[::-1]
 
 
 def area_of(found: dict[str, Any], size: tuple[int, int]) -> float:
