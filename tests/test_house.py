@@ -69,7 +69,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "visualize": ({"torch", "numpy", "PIL"}, {"errors", "files", "masks"}),
     "reporting": (
         {"torch", "torchvision.ops", "tqdm", "PIL"},
-        {"config", "data", "distributed", "files", "model", "pseudo_labels", "traps"}
+        {"config", "data", "distributed", "errors", "files", "model", "pseudo_labels", "traps"}
         | {"visualize"},
     ),
     "run_folder": (set(), {"checkpoint", "config", "data", "files", "reporting"}),

@@ -12,8 +12,8 @@ checkpoint's validation set and writes given_boxes.json next to it.
 An interrupted command goes on when it is given again. Until it is done, its results are in the file
 OUTPUT.unfinished, a line for each image.
 
-Where there are true masks, both commands compare with them the new masks, filled boxes, ellipses
-and (if OpenCV is installed) GrabCut. --flip looks at everything mirrored, too. docs/tools.md says
+Where there are true masks, both commands compare the new masks, filled boxes and ellipses with
+them. The second one also compares GrabCut, if OpenCV is installed. --flip looks at everything mirrored, too. docs/tools.md says
 what that, --scales and --zoom bring and cost. Fields of the configuration are options, too
 (--device cpu).
 """
