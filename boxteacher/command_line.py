@@ -42,7 +42,7 @@ def parse(
         return override(read_run(folder), images, **(given | {"out": folder}))
     if given.get("resume") and read_run and {"steps", "epochs"} & given.keys():
         run = read_run(given.get("out") or f"runs/{preset}")
-        given.setdefault("pseudo_start", run.pseudo_start)
+        given = {"lr_drops": run.lr_drops, "pseudo_start": run.pseudo_start} | given
     return from_preset(**({"preset": preset, "images": images} | given))
 
 

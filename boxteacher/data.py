@@ -494,9 +494,9 @@ def make_loader(
 
 def _outlive_signals(_: int) -> None:
     """Ctrl-C, Slurm and torchrun signal all processes of a run. The main one goes on until it is
-    saved, so its workers must, too: for a minute at most."""
+    saved, so its workers must, too. (Steps may be long. If it dies, torch ends them.)"""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(1800))
 
 
 def check_batch_norm(dataset: CocoDataset, cfg: Config, world_size: int) -> None:

@@ -43,10 +43,11 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
         finally:
             os.close(directory)
     except (OSError, RuntimeError) as error:
-        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save's own
-        if not isinstance(cause, OSError):
-            raise
-        raise WriteError(Path(path), cause) from None
+        # torch.save makes a RuntimeError of all that happens to it: a full disk, a signal.
+        cause = (isinstance(error, RuntimeError) and error.__context__) or error
+        if isinstance(cause, OSError):
+            raise WriteError(Path(path), cause) from None
+        raise cause from None
     finally:
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)

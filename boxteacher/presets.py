@@ -255,8 +255,8 @@ def override(config: Config, images: int = 0, **given: Any) -> Config:
         follow |= {field: value for field, value in new.items() if value != old[field]}
     if "steps" in given:
         steps, shorter = given["steps"], min(given["steps"], config.steps)
-        follow["lr_drops"] = tuple(drop * steps // config.steps for drop in config.lr_drops)
-        if not given.get("resume"):  # a teacher that has begun would become a copy again
+        if not given.get("resume"):  # what a run may have behind it stays
+            follow["lr_drops"] = tuple(drop * steps // config.steps for drop in config.lr_drops)
             follow["pseudo_start"] = config.pseudo_start * steps // config.steps
         for field in ("warmup_steps", "weak_warmup_steps"):
             follow[field] = getattr(config, field) * shorter // config.steps

@@ -47,7 +47,7 @@ class RunLog:
     """
 
     def __init__(self, path: Path, cfg: Config, start: int) -> None:
-        self.batch_size = cfg.batch_size
+        self.batch_size, self.metric = cfg.batch_size, cfg.metric
         self.path = path if distributed.is_main() else None
         self.evaluated = -1  # the step of the last evaluation
         self.tables: dict[str, Any] = {}  # of this evaluation
@@ -56,7 +56,8 @@ class RunLog:
             lines = [line for line in read_lines(path) if 0 < line["step"] <= start]
             write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
             for line in lines:
-                if isinstance(tables := line.get("evaluation"), dict):
+                is_known = line.get("metric") == cfg.metric  # another one is measured anew
+                if is_known and isinstance(tables := line.get("evaluation"), dict):
                     self._remember(line["step"], tables)
         self.evaluated = distributed.from_main(self.evaluated)
         self.bar = tqdm(
@@ -103,7 +104,8 @@ class RunLog:
             self.last_said = self.started
 
     def evaluation(self, step: int, tables: dict[str, Any], seconds: float) -> None:
-        self._write({"step": step, "evaluation": tables, "evaluation_s": seconds})
+        line = {"step": step, "metric": self.metric, "evaluation": tables}
+        self._write(line | {"evaluation_s": seconds})
         self._remember(step, tables)
         self.started, self.since = time.perf_counter(), step
 
@@ -177,7 +179,8 @@ def final_summary(cfg: Config, out: Path, tables: dict[str, Any], minutes: float
     """What a finished run prints last: its result, what the numbers mean, where the files are."""
     source = "boxes and masks" if cfg.mode == "condinst" or cfg.use_masks else "boxes alone"
     who = "teacher" if cfg.mode == "boxteacher" else "model"
-    lines = ["", f"{cfg.mode} learned from {source} in {minutes:.1f} min."]
+    since = " since it was resumed" * cfg.resume
+    lines = ["", f"{cfg.mode} learned from {source} in {minutes:.1f} min{since}."]
     if tables:
         kind, table = ("mask", tables["segm"]) if "segm" in tables else ("box", tables["bbox"])
         ap, ap50 = (f"{table[k]:.1f}" if table[k] is not None else "-" for k in ("AP", "AP50"))

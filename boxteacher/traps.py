@@ -18,6 +18,7 @@ class Traps:
     def __init__(self, cfg: Config, start: int = 0) -> None:
         self.cfg, self.means, self.count = cfg, dict[str, float](), 0
         self.last_accepted = max(start, cfg.warmup_steps, cfg.pseudo_start)  # of a pseudo mask
+        self.without = 0  # logged steps since then
         self.said: set[str] = set()
 
     def warnings(self, step: int, metrics: Mapping[str, float]) -> list[str]:
@@ -27,14 +28,16 @@ class Traps:
             if not math.isnan(value):
                 self.means[name] = 0.9 * self.means.get(name, value) + 0.1 * value
         if metrics.get("pseudo_masks_share", 1.0) > 0:
-            self.last_accepted = max(step, self.last_accepted)
+            self.last_accepted, self.without = max(step, self.last_accepted), 0
+        else:
+            self.without += 1
         found = [(trap, text) for trap, text in self._seen(step) if trap not in self.said]
         self.said |= {trap for trap, _ in found}
         return [text for _, text in found]
 
     def _seen(self, step: int) -> Iterator[tuple[str, str]]:
         cfg, means = self.cfg, self.means
-        if step - self.last_accepted >= PATIENCE:
+        if step - self.last_accepted >= PATIENCE and self.without >= 3:
             yield (
                 "pseudo",
                 f"the teacher has made no pseudo mask for {PATIENCE} steps: it detects none of the"

@@ -315,7 +315,7 @@ def chart(title: str, curves: dict[str, tuple[str, Points]]) -> str:
     values = sorted(y for _, y in points)
     cut = len(values) // 100  # a few outliers may leave the picture
     low, high = min(0.0, values[cut]), values[len(values) - 1 - cut]
-    right, high = max(*(x for x, _ in points), 1), max(high, low + 1e-9)
+    right, high = max(*(x for x, _ in points), 1), high if high > low else low + 1
     width, height = CHART_WIDTH - LEFT - 10, CHART_HEIGHT - TOP - BOTTOM
 
     def place(x: float, y: float) -> str:

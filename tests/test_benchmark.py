@@ -1,6 +1,8 @@
 """The benchmark measures what it says. No test is about how fast anything is."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -178,7 +180,15 @@ def test_every_job_is_a_command_that_is_understood(name):
     benchmark.read_arguments([*words, *SMALL])
 
 
-def test_a_report_says_what_was_measured_and_what_failed(tmp_path, monkeypatch):
+@pytest.fixture
+def signals():
+    """What this process does with them stays."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_a_report_says_what_was_measured_and_what_failed(tmp_path, monkeypatch, signals):
     jobs = {"good": "--only data", "bad": "--dtype int8", "slow": "--only run --steps 100000"}
     monkeypatch.setattr(benchmark_report, "JOBS", jobs)
     run_job = benchmark_report.run_job
@@ -203,7 +213,7 @@ def test_a_report_says_what_was_measured_and_what_failed(tmp_path, monkeypatch):
     assert f"Failed: {done['bad']['failure']}" in text
 
 
-def test_a_report_goes_on_where_it_stopped(tmp_path, monkeypatch):
+def test_a_report_goes_on_where_it_stopped(tmp_path, monkeypatch, signals):
     ran, failures = [], {"bad": "no memory"}
 
     def run_job(words: list[str], log: Path, seconds: float) -> tuple[list[dict], str]:
@@ -231,14 +241,15 @@ def test_a_report_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert ran == []
 
 
-def test_an_interrupted_report_has_the_job_that_ran(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_report_has_the_job_that_ran(tmp_path, monkeypatch, signals, number):
     jobs = {"slow": "--only run --steps 100000", "other": "--only data"}
     monkeypatch.setattr(benchmark_report, "JOBS", jobs)
 
     class Interrupted(subprocess.Popen):
         def wait(self, timeout: float | None = None) -> int:
-            if timeout is not None:  # as Ctrl-C does to the report while a job runs
-                raise KeyboardInterrupt
+            if timeout is not None:  # while the job runs
+                os.kill(os.getpid(), number)
             return super().wait()
 
     monkeypatch.setattr(benchmark_report.subprocess, "Popen", Interrupted)
@@ -264,6 +275,8 @@ def test_an_interrupted_report_has_the_job_that_ran(tmp_path, monkeypatch):
         ("--boxes 0", "--boxes must be 1 or more"),
         ("--synthetic-coco 1", "2 images"),
         ("--against detectron", "torchvision"),
+        ("--against torchvision --profile t.json", "--profile is of a training step"),
+        ("--only data --profile t.json", "--profile is of a training step"),
         ("shape", "nearest is shapes"),
     ],
 )

@@ -128,6 +128,17 @@ def test_a_longer_run_keeps_its_warmups_and_moves_its_drops():
     assert cfg.lr_drops == (120_000, 160_000)
 
 
+@pytest.mark.parametrize("argv", [["coco_boxteacher_r50_1x"], []])
+def test_a_run_that_goes_on_keeps_its_drops_and_its_start_of_pseudo_masks(argv):
+    """Else a learning rate that has fallen would rise again."""
+    run = parse(["coco_boxteacher_r50_1x", "--steps", "90", "--pseudo-start", "20"])
+    argv = [*argv, "--resume", "--out", "x", "--steps", "180"]
+    cfg = parse(argv, read_run=lambda folder: run)
+    assert (cfg.steps, cfg.lr_drops, cfg.pseudo_start) == (180, (60, 80), 20)
+    cfg = parse([*argv, "--lr-drops", "120"], read_run=lambda folder: run)
+    assert cfg.lr_drops == (120,)
+
+
 def test_what_is_given_is_not_scaled_but_warned_about():
     argv = ["coco_boxteacher_r50_1x", "--steps=900", "--weak-warmup-steps=451"]
     assert parse(argv).weak_warmup_steps == 451

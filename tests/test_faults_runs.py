@@ -5,10 +5,12 @@ Where a process is the subject it is a real one, and so are the signals.
 
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import pickle
 import random
+import re
 import resource
 import shlex
 import shutil
@@ -46,7 +48,7 @@ from boxteacher.checkpoint import (
 from boxteacher.command_line import parse
 from boxteacher.config import CHOICES, FIELDS, MEANING, Config, changes_on_resume
 from boxteacher.data import Classes, CocoDataset, check_batch_norm, make_train_set
-from boxteacher.errors import UserError
+from boxteacher.errors import Stopped, UserError
 from boxteacher.files import check_writable, whole_file, write_text
 from boxteacher.model import build_model
 from boxteacher.published import load_initial_weights
@@ -239,6 +241,18 @@ def test_what_is_interrupted_while_it_is_written_leaves_the_old(tmp_path):
     assert os.listdir(tmp_path) == ["a"]
 
 
+def test_a_signal_inside_of_torchs_writer_stays_a_signal(tmp_path):
+    """torch.save makes a RuntimeError of it."""
+
+    class Interrupted(io.BytesIO):
+        def write(self, part: bytes) -> int:
+            raise Stopped("saved")
+
+    with pytest.raises(Stopped), whole_file(tmp_path / "a"):
+        torch.save({"weights": torch.zeros(9)}, Interrupted())
+    assert os.listdir(tmp_path) == []
+
+
 def test_links_are_followed_and_what_is_no_file_is_left_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("folder").mkdir()
@@ -423,6 +437,11 @@ def test_resuming_a_finished_run_does_what_is_left(finished, tmp_path):
     assert "mask AP" in ended.out
     assert {path.name for path in folder.iterdir()} == FILES | {"best.pt"}
     assert (folder / "metrics.jsonl").read_bytes() == lines  # it had been evaluated
+    ended = train("--resume", "--out", folder, "--metric", "voc")
+    assert ended.code == 0, ended.err
+    assert "since it was resumed" in ended.out
+    assert json.loads((folder / "tables.json").read_text())["metric"] == "voc"
+    assert [line["metric"] for line in metrics(folder)[-2:]] == ["coco", "voc"]
     ended = train("--resume", "--out", folder, "--steps", 1)
     assert ended.err.splitlines()[-1].startswith("error: resume: ")
     assert "has 2 steps already" in ended.err
@@ -530,11 +549,13 @@ def test_the_same_ids_with_other_names_are_refused(ids):
     assert f"data: category id 1 is {names[ids.index(1)]!r}, but in last.pt it is 'cat'" in message
 
 
-def test_classes_that_have_no_names_are_known_by_their_ids():
+def test_classes_that_have_no_names_are_known_by_the_order_of_their_ids():
     """As in published files."""
     assert dataset_with([(1, "cat"), (2, "ox")], ["class 1", "class 2"], [1, 2]).notes == []
-    message = refusal(dataset_with, [(1, "cat"), (3, "ox")], ["class 1", "class 2"], [1, 2])
-    assert "has 'class 3' and lacks 'class 2'" in message
+    others = dataset_with([(7, "cat"), (9, "ox")], ["class 1", "class 2"], [1, 2])
+    assert others.category_ids == [7, 9]
+    message = refusal(dataset_with, [(1, "cat")], ["class 1", "class 2"], [1, 2])
+    assert "lacks 'class 1', 'class 2'" in message
 
 
 CLASSES = ["star", "ring", "crescent"]
@@ -630,6 +651,19 @@ def assert_same_run(found: Path, expected: Path, rel: float = 1e-4) -> None:
     one, two = (load_checkpoint(folder / "last.pt") for folder in (found, expected))
     for who in ("student", "teacher"):
         assert_close(one[who], two[who], rtol=rel, atol=rel / 100)
+
+
+def test_a_worker_that_is_killed_ends_the_run_in_one_line(tmp_path):
+    """As the kernel does if memory is short."""
+    folder = tmp_path / "out"
+    process = start(*LONG, "--steps", 4000, "--workers", 1, "--out", folder)
+    wait_until(lambda: lines_in(folder) >= 4, process)
+    os.kill(children_of(process.pid)[-1], signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1, err
+    assert "Traceback" not in err
+    assert re.search(r"error: DataLoader worker .* Lower --workers", err.splitlines()[-1])
+    assert load_checkpoint(folder / "last.pt")["step"] >= 2
 
 
 @pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 0), (signal.SIGINT, 1)])

@@ -306,11 +306,14 @@ def test_smoothing_keeps_means():
     assert smooth(points[:5]) == points[:5]
 
 
-def test_losses_and_statistics_count_the_same_pairs(batch):
-    """What `--statistics` calls alike is what the pairwise loss weighs."""
+@pytest.mark.parametrize("cut", [0, 16])
+def test_losses_and_statistics_count_the_same_pairs(batch, cut):
+    """What `--statistics` calls alike is what the pairwise loss weighs, with bottom rows or not."""
+    batch = batch._replace(cut_rows=[cut])
     counts = statistics.pair_counts(batch, 0.3)
     rows, columns = (side // 4 for side in batch.images.shape[-2:])
-    on_image = losses.inside_masks(batch.sizes, rows, columns)
+    reliable = [(height - cut, width) for height, width in batch.sizes]
+    on_image = losses.inside_masks(reliable, rows, columns)
     alike = losses.color_similarity(batch.images, on_image) >= 0.3
     in_box = losses.box_masks(batch.boxes, rows, columns)[:, batch.valid[0]]
     _, weights = losses.color_pairwise_sums(torch.zeros(in_box.shape), alike, in_box)

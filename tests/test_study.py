@@ -1,5 +1,6 @@
 """study.py: its tables against numbers worked out by hand, and that it goes on where it stopped."""
 
+import errno
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import pytest
 
 from boxteacher.command_line import parse
 from boxteacher.config import ConfigError
+from boxteacher.presets import PRESETS
 from boxteacher.tools import study, study_tables
 
 ROOT = Path(__file__).parents[1]
@@ -116,6 +118,27 @@ def test_self_training_differs_from_condinst_in_its_masks_alone(tmp_path):
     assert ours["train_json"] == str(runs[0].folder / "masks.json")
 
 
+def test_a_changed_preset_makes_other_runs(tmp_path, monkeypatch):
+    configurations = {c.label: c for c in study.STUDIES["nuclei"]}
+
+    def identity() -> dict:
+        run = study.make_run(tmp_path, configurations, "BoxTeacher", 0)
+        return json.loads(json.dumps(run.identity))
+
+    result = identity() | {"mask_ap": 52.0}
+    assert study_tables.is_finished(identity(), [result])
+    monkeypatch.setitem(PRESETS["nuclei"].changes, "train_scales", (1.5, 2.0))
+    assert not study_tables.is_finished(identity(), [result])
+
+
+def test_a_file_system_without_locks_is_used_without_one(tmp_path, monkeypatch):
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(study.fcntl, "flock", flock)
+    study.run_all([], 1, tmp_path)
+
+
 # --- runs -----------------------------------------------------------------------------------------
 
 SCRIPT = """
@@ -192,7 +215,7 @@ def test_a_killed_study_goes_on_where_it_stopped(tmp_path):
     assert table[1]["mask_ap"]["difference"]["mean"] == 0
     assert (tmp_path / "runs/study/tiny/table_seeds_0,1,7.md").read_text().count("\n") == 9
 
-    start(tmp_path, "--seeds", "7", "--only", "b").communicate(timeout=120)  # tried again
+    start(tmp_path, "--seeds", "7,7", "--only", "b").communicate(timeout=120)  # tried again, once
     assert [r["seed"] for r in results_of(tmp_path)[-2:]] == [7, 7]
     changed = [TWO[0], ("b", "shapes --lr 0.003")]
     start(tmp_path, "--seeds", "0-1", configurations=changed).communicate(timeout=120)
@@ -233,7 +256,10 @@ def test_self_training_starts_from_the_studys_own_boxinst_and_its_masks(tmp_path
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["shapes", "--only", "none"], "only: none is not one of BoxInst, first part, BoxInst"),
+        (
+            ["shapes", "--only", "none"],
+            "only: 'none' is not one of 'BoxInst, first part', 'BoxInst'",
+        ),
         (["shapes", "--seeds", "one"], "seeds: give 0-4 or 0,1,2 and the like, not one"),
     ],
 )

@@ -276,8 +276,8 @@ def test_two_processes_do_what_one_does_with_the_same_global_batch(
 
 
 def test_two_machines_meet_and_rank_0_alone_writes(tmp_path):
-    """torchrun's rendezvous, as in docs/benchmarks.md, with one process on each of two "machines". They share
-    no folder, and each makes the data on its own."""
+    """torchrun's rendezvous, as in docs/benchmarks.md, with one process on each of two "machines".
+    They share no folder, and each makes the data on its own."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

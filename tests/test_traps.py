@@ -49,6 +49,12 @@ def test_one_odd_step_is_no_trap():
     assert warnings_of([{"similar_pair_share": 0.0}] * 9) == []
 
 
+def test_a_few_logged_steps_are_no_trap_however_far_apart():
+    traps = Traps(parse(["shapes", "--warmup-steps=50", "--pseudo-start=0"]))
+    told = [traps.warnings(300 * k, GOOD | {"pseudo_masks_share": 0.0}) for k in (1, 2, 3)]
+    assert [len(warnings) for warnings in told] == [0, 0, 1]
+
+
 def test_filled_boxes_are_ordinary_in_the_first_half():
     assert warnings_of([{"mask_fill": 1.0}] * 25) == []
 

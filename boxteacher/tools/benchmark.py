@@ -64,6 +64,8 @@ def read_arguments(argv: Sequence[str]) -> tuple[Config, argparse.Namespace]:
     options, given = parser.read(words)
     if options.boxes < 1:
         raise ConfigError(f"--boxes must be 1 or more, got {options.boxes}")
+    if options.profile and (options.against or options.only == "data"):
+        raise ConfigError("--profile is of a training step: not with --against or --only data")
     cfg = from_preset(**({"preset": preset, "batch_size": 2} | given))
     if 0 < options.synthetic_coco < cfg.batch_size:
         raise ConfigError(f"--synthetic-coco must be {cfg.batch_size} images (a batch) or more")

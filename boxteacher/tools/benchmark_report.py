@@ -20,6 +20,7 @@ from typing import Any
 
 from boxteacher.config import ConfigError
 from boxteacher.files import write_text
+from boxteacher.tools.study import interrupt
 
 R50 = "--batch 16 --size 800x1333 --steps 5"
 SWIN = "coco_boxteacher_swin_b_3x --batch 8 --size 800x1333 --steps 5 --only train"
@@ -48,6 +49,7 @@ def write_report(out: Path, argv: Sequence[str]) -> dict[str, Any]:
     if argv[0] != "--report":
         raise ConfigError("report: --report OUT comes first; all other options go to every job")
     out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, interrupt)
     file, end = out / "results.json", time.monotonic() + CALL_SECONDS
     done: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     for name in sorted(JOBS, key=lambda name: name in done):

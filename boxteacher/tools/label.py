@@ -13,9 +13,9 @@ An interrupted command goes on when it is given again. Until it is done, its res
 OUTPUT.unfinished, a line for each image.
 
 Where there are true masks, both commands compare the new masks, filled boxes and ellipses with
-them. The second one also compares GrabCut, if OpenCV is installed. --flip looks at everything mirrored, too. docs/tools.md says
-what that, --scales and --zoom bring and cost. Fields of the configuration are options, too
-(--device cpu).
+them. The second one also compares GrabCut, if OpenCV is installed. --flip looks at everything
+mirrored, too. docs/tools.md says what that, --scales and --zoom bring and cost. Fields of the
+configuration are options, too (--device cpu).
 """
 
 from __future__ import annotations

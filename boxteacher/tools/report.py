@@ -8,6 +8,7 @@ RUN is a folder that train.py wrote. The page is one HTML file without scripts. 
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -38,7 +39,7 @@ OTHER = {
     "images_per_s": "images per second",
 }
 NOT_LOSSES = {"step", "loss", "pseudo_masks_per_image", "lost_side", *FLYWHEEL, *OTHER}
-NOT_LOSSES |= {"evaluation", "evaluation_s"}
+NOT_LOSSES |= {"evaluation", "evaluation_s", "metric"}
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1280px; padding: 0 1em }
 .charts { display: flex; flex-wrap: wrap; gap: 12px } .scroll { overflow-x: auto }
@@ -102,14 +103,16 @@ def charts(runs: Sequence[Run], titles: dict[str, str], *path: str) -> str:
 
 def page(runs: Sequence[Run]) -> str:
     # Results side by side, and what the runs do not share.
-    columns = [(kind, metric) for kind in KINDS for metric in COLUMNS["coco"]]
-    heads = ["run", "mode", "steps", *(f"{KINDS[kind]} {metric}" for kind, metric in columns)]
+    metrics = dict.fromkeys(itertools.chain(*COLUMNS.values()))
+    columns = [("evaluation", kind, metric) for kind in KINDS for metric in metrics]
+    columns = [column for column in columns if any(run.curve(*column) for run in runs)]
+    heads = ["run", "mode", "steps", *(f"{KINDS[kind]} {metric}" for _, kind, metric in columns)]
     heads += ["given boxes: mean IoU", "over 0.75", "images/s"]
     rows = []
     for run in runs:
         row = [run.key, escape(run.mode)]
         row.append(f"{run.last('step', digits=0)} of {run.steps}")
-        row += [run.last("evaluation", *column) for column in columns]
+        row += [run.last(*column) for column in columns]
         row += [f"{run.given[k]:.3f}" if k in run.given else "-" for k in ("mean_iou", "over_75")]
         rows.append([*row, run.last("images_per_s")])
     parts = ["<h1>Training runs</h1><h2>Results</h2>", table(heads, rows)]

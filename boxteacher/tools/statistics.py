@@ -51,7 +51,7 @@ def pair_counts(batch: Batch, threshold: float) -> Tensor:
     counts = torch.zeros(len(in_box), 3, 2, dtype=torch.int64)
     for direction, (dy, dx) in enumerate(losses.NEIGHBORS):
         other = losses.shifted(mask, dy, dx)
-        pairs = in_box & on_image & losses.shifted(on_image, dy, dx)
+        pairs = in_box & losses.shifted(on_image, dy, dx)
         for kind, is_kind in enumerate((mask ^ other, mask & other, ~(mask | other))):
             counts[:, kind, 0] += (pairs & is_kind).sum((1, 2))
             counts[:, kind, 1] += (pairs & is_kind & is_alike[direction]).sum((1, 2))

@@ -11,6 +11,7 @@ Settings are tuned with seeds 10 and up, and seeds 0 to 4 are reported. A table 
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -27,7 +28,7 @@ from PIL import Image
 
 from boxteacher import errors
 from boxteacher.command_line import Parser, parse
-from boxteacher.config import ConfigError
+from boxteacher.config import Config, ConfigError
 from boxteacher.files import write_text
 from boxteacher.shapes import load_shapes_image, make_shapes_coco
 from boxteacher.tools.studies import STUDIES, C
@@ -38,7 +39,7 @@ from boxteacher.tools.study_tables import MEASURES, Result, is_finished, markdow
 
 class Run(NamedTuple):
     folder: Path
-    identity: Result  # label, seed and words, with which its result begins
+    identity: Result  # label, seed, words and settings, with which its result begins
     needs: list[Path]  # the folders of runs that come first
     commands: list[list[str]]  # the last but one trains
 
@@ -54,6 +55,8 @@ def make_run(study: Path, configurations: dict[str, C], label: str, seed: int) -
         identity["words"] += f" | start from: {first.identity['words']}"
         words.append(f"--init={first.folder / 'last.pt'}")
     cfg, masks, files = parse(words), folder / "masks.json", folder / "files"
+    settings = {f: v for f, v in dataclasses.asdict(cfg).items() if v != getattr(Config(), f)}
+    identity["settings"] = json.loads(json.dumps(settings))  # of this version's presets
     make_masks, commands = [sys.executable, "-m", "boxteacher.tools.label"], []
     if configuration.masks_from:
         first = make_run(study, configurations, configuration.masks_from, seed)
@@ -125,9 +128,11 @@ def run_all(runs: list[Run], jobs: int, study: Path) -> None:
     lock = os.open(study / "lock", os.O_CREAT | os.O_RDWR)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         os.close(lock)
         raise errors.UserError(f"{study}: runs of this study are going on already") from None
+    except OSError:
+        pass  # a file system without locks
     results, children, futures, failed = read_results(study), [], {}, 0
     waiting = [run for run in runs if not is_finished(run.identity, results)]
     started, pool = time.monotonic(), ThreadPoolExecutor(jobs)
@@ -182,12 +187,13 @@ def main() -> None:
     configurations = {c.label: c for c in STUDIES[args.name]}
     chosen = args.only or list(configurations)
     if unknown := set(chosen) - configurations.keys():
-        raise ConfigError(f"only: {unknown.pop()} is not one of {', '.join(configurations)}")
+        labels = ", ".join(map(repr, configurations))  # some have commas
+        raise ConfigError(f"only: {unknown.pop()!r} is not one of {labels}")
     for label in chosen:  # the list grows by what they need, which may need something too
         chosen += {configurations[label].start_from, configurations[label].masks_from} - {""}
     try:
         ends = [part.partition("-") for part in args.seeds.split(",")]
-        seeds = [s for low, _, high in ends for s in range(int(low), int(high or low) + 1)]
+        seeds = sorted({s for low, _, high in ends for s in range(int(low), int(high or low) + 1)})
     except ValueError:
         raise ConfigError(f"seeds: give 0-4 or 0,1,2 and the like, not {args.seeds}") from None
 

@@ -51,7 +51,11 @@ def tabulate(
         row = {"label": label, "words": configuration.words, "reference": reference}
         for measure in MEASURES:
             own, other = (
-                {r["seed"]: r[measure] for r in found if r["label"] == x and r[measure] is not None}
+                {
+                    r["seed"]: r[measure]
+                    for r in found
+                    if r["label"] == x and r.get(measure) is not None
+                }
                 for x in (label, reference)
             )
             differences = spread([own[seed] - other[seed] for seed in own if seed in other])
