@@ -27,7 +27,7 @@ from .plausible import doubts, likely_form
 # left out. All other empty boxes are refused.
 KNOWN_EMPTY_BOXES = {(200365, 296.65, 388.33), (550395, 9.98, 188.56)}  # image id, x, y
 EXIF_ORIENTATION = 0x0112
-PNG_EXIF = {"exif", "xmp", "XML:com.adobe.xmp"}  # where a PNG's header may have it
+PNG_EXIF = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}  # where PNGs have it
 TURNS = {  # orientation -> how the stored image becomes upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -420,6 +420,7 @@ def _check_files(coco: dict, name: str, images_dir: str) -> None:
         path = path_of(entry["file_name"])
         with explain(path, "replace it"), open_file(path) as file, Image.open(file) as image:
             is_plain = image.size == (entry["width"], entry["height"])
+            # Of a PNG without any of these, getexif would decode the pixels to look behind them.
             if is_plain and (image.format != "PNG" or image.info.keys() & PNG_EXIF):
                 is_plain = orientation(image) == 1
         if not is_plain:  # let the loader decide, which knows how to rotate

@@ -20,6 +20,7 @@ from .config import FIELDS, Config, ConfigError, as_word, from_word, nearest
 from .presets import PRESETS, from_preset, override
 
 DEFAULT = "shapes"  # the preset, if the first word is none
+SCHEDULE = ("lr_drops", "pseudo_start", "warmup_steps", "weak_warmup_steps")
 
 
 def parse(
@@ -29,7 +30,7 @@ def parse(
     --help and --list print and exit.
 
     With --resume and without a preset, what is not given is as in the run that goes on:
-    read_run(folder). With both, so is pseudo_start, which would follow from the length.
+    read_run(folder). With both, so is what would follow from the length (SCHEDULE).
     """
     preset, words = split_preset(argv, default=DEFAULT)
     text = f"Train BoxTeacher, BoxInst or CondInst. The values below are those of preset {preset}."
@@ -40,9 +41,9 @@ def parse(
     if given.get("resume") and preset not in argv[:1] and read_run:
         folder = given.get("out") or f"runs/{DEFAULT}"
         return override(read_run(folder), images, **(given | {"out": folder}))
-    if given.get("resume") and read_run and {"steps", "epochs"} & given.keys():
+    if given.get("resume") and read_run:
         run = read_run(given.get("out") or f"runs/{preset}")
-        given = {"lr_drops": run.lr_drops, "pseudo_start": run.pseudo_start} | given
+        given = {field: getattr(run, field) for field in SCHEDULE} | given
     return from_preset(**({"preset": preset, "images": images} | given))
 
 

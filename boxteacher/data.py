@@ -47,7 +47,8 @@ class Classes(NamedTuple):
 def match_classes(found: Classes, known: Classes) -> Classes:
     """The classes `found` in a file, in the order of the `known` ones.
 
-    Equal names are the same class, whatever their ids. Raises DataError if one of the two has a
+    Equal names are the same class, whatever their ids. If the known ones are a published file's,
+    without names, the order of ids counts. Raises DataError if one of the two has a
     class that the other lacks, or if both give the same ids to other names: one must be wrong.
     """
     names = found.names
@@ -218,7 +219,9 @@ class CocoDataset(Dataset):
         own = Classes([name for _, name in by_id], [number for number, _ in by_id], self.name)
         self.classes = own if classes is None else match_classes(own, classes)
         if classes is not None and self.classes.ids != classes.ids:
-            what = "its classes have other ids and are matched by name"
+            by_name = set(own.names) == set(classes.names)
+            how = "by name" if by_name else "in the order of their ids"
+            what = f"its classes have other ids and are matched {how}"
             self.notes.append(f"{self.name}: unlike in {classes.source}, {what}")
 
         # The annotations that count, image by image, and their boxes: xyxy within the image.
@@ -494,9 +497,9 @@ def make_loader(
 
 def _outlive_signals(_: int) -> None:
     """Ctrl-C, Slurm and torchrun signal all processes of a run. The main one goes on until it is
-    saved, so its workers must, too. (Steps may be long. If it dies, torch ends them.)"""
+    saved, so its workers must, too: for five minutes at most, which is longer than a step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(1800))
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(300))
 
 
 def check_batch_norm(dataset: CocoDataset, cfg: Config, world_size: int) -> None:

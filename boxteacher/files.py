@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,6 +30,7 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
     It is written under another name, flushed to the disk and then renamed. Raises WriteError.
     """
     target, unfinished = _places(path)
+    handled = sys.exc_info()[1]  # by the caller, which may save because of it
     try:
         _prepare(target)
         with open(unfinished, "wb") as file:
@@ -43,11 +45,14 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
         finally:
             os.close(directory)
     except (OSError, RuntimeError) as error:
-        # torch.save makes a RuntimeError of all that happens to it: a full disk, a signal.
-        cause = (isinstance(error, RuntimeError) and error.__context__) or error
+        # torch.save makes a RuntimeError of what happens to it: a full disk, a signal.
+        is_torchs = isinstance(error, RuntimeError) and error.__context__ not in (None, handled)
+        cause = error.__context__ if is_torchs else error
         if isinstance(cause, OSError):
             raise WriteError(Path(path), cause) from None
-        raise cause from None
+        if is_torchs:
+            raise cause from None
+        raise
     finally:
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)

@@ -233,7 +233,8 @@ def override(config: Config, images: int = 0, **given: Any) -> Config:
     Some fields follow others, unless they are given too. `mode` changes those in which its
     published recipe differs from that of the config's mode (MODES). `steps` moves `lr_drops` and
     `pseudo_start` in proportion. If it makes the run shorter, it also makes both warm-ups shorter,
-    because masks stay boxes while the weak losses warm up.
+    because masks stay boxes while the weak losses warm up. With `resume` all these stay: what the
+    run has behind it would change.
     """
     files = [f for f in ("train_json", "train_images", "val_json", "val_images") if f in given]
     if files and given.get("dataset", config.dataset) == "shapes":
@@ -253,11 +254,10 @@ def override(config: Config, images: int = 0, **given: Any) -> Config:
     if given.get("mode", config.mode) != config.mode:
         old, new = MODES[config.mode], MODES[given["mode"]]
         follow |= {field: value for field, value in new.items() if value != old[field]}
-    if "steps" in given:
+    if "steps" in given and not given.get("resume"):
         steps, shorter = given["steps"], min(given["steps"], config.steps)
-        if not given.get("resume"):  # what a run may have behind it stays
-            follow["lr_drops"] = tuple(drop * steps // config.steps for drop in config.lr_drops)
-            follow["pseudo_start"] = config.pseudo_start * steps // config.steps
+        follow["lr_drops"] = tuple(drop * steps // config.steps for drop in config.lr_drops)
+        follow["pseudo_start"] = config.pseudo_start * steps // config.steps
         for field in ("warmup_steps", "weak_warmup_steps"):
             follow[field] = getattr(config, field) * shorter // config.steps
     config = dataclasses.replace(config, **(follow | given))

@@ -56,7 +56,7 @@ class RunLog:
             lines = [line for line in read_lines(path) if 0 < line["step"] <= start]
             write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
             for line in lines:
-                is_known = line.get("metric") == cfg.metric  # another one is measured anew
+                is_known = line.get("metric", cfg.metric) == cfg.metric  # another one: anew
                 if is_known and isinstance(tables := line.get("evaluation"), dict):
                     self._remember(line["step"], tables)
         self.evaluated = distributed.from_main(self.evaluated)

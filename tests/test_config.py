@@ -128,14 +128,19 @@ def test_a_longer_run_keeps_its_warmups_and_moves_its_drops():
     assert cfg.lr_drops == (120_000, 160_000)
 
 
-@pytest.mark.parametrize("argv", [["coco_boxteacher_r50_1x"], []])
-def test_a_run_that_goes_on_keeps_its_drops_and_its_start_of_pseudo_masks(argv):
-    """Else a learning rate that has fallen would rise again."""
+@pytest.mark.parametrize(
+    "argv",
+    [["coco_boxteacher_r50_1x", "--steps", "180"], ["--steps", "180"], ["voc_boxteacher_r50"]],
+)
+def test_a_run_that_goes_on_keeps_its_schedule(argv):
+    """Else a learning rate that has fallen would rise again, and warm-ups would come back."""
     run = parse(["coco_boxteacher_r50_1x", "--steps", "90", "--pseudo-start", "20"])
-    argv = [*argv, "--resume", "--out", "x", "--steps", "180"]
-    cfg = parse(argv, read_run=lambda folder: run)
-    assert (cfg.steps, cfg.lr_drops, cfg.pseudo_start) == (180, (60, 80), 20)
-    cfg = parse([*argv, "--lr-drops", "120"], read_run=lambda folder: run)
+    argv = [*argv, "--resume", "--out", "x"]
+    cfg = parse(argv, 40, read_run=lambda folder: run)
+    assert cfg.steps == 180  # 36 epochs of 40 images in steps of 8, too
+    assert (cfg.lr_drops, cfg.pseudo_start) == (run.lr_drops, 20) == ((60, 80), 20)
+    assert (cfg.warmup_steps, cfg.weak_warmup_steps) == (1, 10)
+    cfg = parse([*argv, "--lr-drops", "120"], 40, read_run=lambda folder: run)
     assert cfg.lr_drops == (120,)
 
 

@@ -603,7 +603,7 @@ def test_each_form_undoes_what_an_export_did():
     # One box of a hundred is wrong: the form is not.
     small = np.tile([[10.0, 20, 30, 40]], (100, 1))
     small[0, 0] = 300
-    assert likely_form(small, None, np.full((100, 2), 96)) == ""
+    assert likely_form(small, None, np.tile([[96, 400]], (100, 1))) == ""
 
 
 def test_a_box_fits_its_mask_or_without_one_its_image():

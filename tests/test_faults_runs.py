@@ -245,12 +245,33 @@ def test_a_signal_inside_of_torchs_writer_stays_a_signal(tmp_path):
     """torch.save makes a RuntimeError of it."""
 
     class Interrupted(io.BytesIO):
-        def write(self, part: bytes) -> int:
-            raise Stopped("saved")
+        writes = 0
 
+        def write(self, part: bytes) -> int:
+            self.writes += 1
+            if self.writes == 2:
+                raise Stopped("saved")
+            return super().write(part)
+
+    with pytest.raises(RuntimeError):
+        torch.save({"weights": torch.zeros(9)}, Interrupted())
     with pytest.raises(Stopped), whole_file(tmp_path / "a"):
         torch.save({"weights": torch.zeros(9)}, Interrupted())
     assert os.listdir(tmp_path) == []
+
+
+def test_an_error_while_another_is_handled_is_told_itself(tmp_path):
+    """A run that has diverged saves its weights. They may fail to be saved."""
+
+    def save_what_diverged() -> None:
+        try:
+            raise UserError("diverged")
+        except UserError:
+            with whole_file(tmp_path / "a"):
+                raise RuntimeError("CUDA error")  # noqa: B904
+
+    with pytest.raises(RuntimeError, match="CUDA"):
+        save_what_diverged()
 
 
 def test_links_are_followed_and_what_is_no_file_is_left_alone(tmp_path, monkeypatch):
@@ -554,6 +575,7 @@ def test_classes_that_have_no_names_are_known_by_the_order_of_their_ids():
     assert dataset_with([(1, "cat"), (2, "ox")], ["class 1", "class 2"], [1, 2]).notes == []
     others = dataset_with([(7, "cat"), (9, "ox")], ["class 1", "class 2"], [1, 2])
     assert others.category_ids == [7, 9]
+    assert others.notes[0].endswith("matched in the order of their ids")
     message = refusal(dataset_with, [(1, "cat")], ["class 1", "class 2"], [1, 2])
     assert "lacks 'class 1', 'class 2'" in message
 
@@ -662,7 +684,7 @@ def test_a_worker_that_is_killed_ends_the_run_in_one_line(tmp_path):
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1, err
     assert "Traceback" not in err
-    assert re.search(r"error: DataLoader worker .* Lower --workers", err.splitlines()[-1])
+    assert re.search(r"error: DataLoader worker .*; too little memory", err.splitlines()[-1])
     assert load_checkpoint(folder / "last.pt")["step"] >= 2
 
 

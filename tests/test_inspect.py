@@ -239,13 +239,15 @@ def test_a_page_has_tables_curves_and_pictures_and_needs_nothing_else(runs, tmp_
 
 
 def test_the_columns_are_those_of_the_runs_metrics(runs, tmp_path, monkeypatch):
-    line = {"step": 1, "metric": "voc", "evaluation": {"segm": {"AP25": 71.5, "per_class": {}}}}
-    (runs[1] / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    lines = [{"APs": 22.2}, {"AP25": 71.5}]  # --resume --metric voc
+    lines = [{"step": 9, "evaluation": {"segm": table | {"per_class": {}}}} for table in lines]
+    (runs[1] / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     run(monkeypatch, report, runs[1], "--output", tmp_path / "report.html")
     words = " ".join(Page((tmp_path / "report.html").read_text()).words)
     assert "mask AP25" in words
     assert "71.5" in words
     assert "APs" not in words
+    assert "22.2" not in words
 
 
 def test_a_run_that_diverged_has_a_page(runs, tmp_path, monkeypatch):
@@ -296,7 +298,7 @@ def test_curves_stay_in_their_frame_and_outliers_leave_it():
         assert np.ptp(places[:-1, 1]) < 1  # the scale is that of the ordinary values
     assert chart("title", {"a": ("#123456", [])}) == ""
     svg = chart("title", {"a": ("#123456", [(1, 0.0), (2, 0.0)])})  # as AP at the start
-    assert ">0.5</text>" in svg
+    assert ">0.8</text>" in svg
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 3e-4), (0, 1800), (-2.5, 7), (0, 90000)])

@@ -65,6 +65,8 @@ class Run:
             raise errors.UserError(f"{folder}: not the folder of a run ({error})") from None
         self.given = given.get("all", {}).get("masks", {})
         self.lines = read_lines(folder / "metrics.jsonl")
+        tables = (line["evaluation"] for line in reversed(self.lines) if line.get("evaluation"))
+        self.tables = next(tables, {})  # of the last evaluation
 
     def curve(self, *path: str) -> Points:
         """Steps and values of a figure: "loss", or "evaluation", "segm", "AP"."""
@@ -104,15 +106,16 @@ def charts(runs: Sequence[Run], titles: dict[str, str], *path: str) -> str:
 def page(runs: Sequence[Run]) -> str:
     # Results side by side, and what the runs do not share.
     metrics = dict.fromkeys(itertools.chain(*COLUMNS.values()))
-    columns = [("evaluation", kind, metric) for kind in KINDS for metric in metrics]
-    columns = [column for column in columns if any(run.curve(*column) for run in runs)]
-    heads = ["run", "mode", "steps", *(f"{KINDS[kind]} {metric}" for _, kind, metric in columns)]
+    columns = [(kind, metric) for kind in KINDS for metric in metrics]
+    columns = [(k, m) for k, m in columns if any(m in run.tables.get(k, {}) for run in runs)]
+    heads = ["run", "mode", "steps", *(f"{KINDS[kind]} {metric}" for kind, metric in columns)]
     heads += ["given boxes: mean IoU", "over 0.75", "images/s"]
     rows = []
     for run in runs:
         row = [run.key, escape(run.mode)]
         row.append(f"{run.last('step', digits=0)} of {run.steps}")
-        row += [run.last(*column) for column in columns]
+        aps = [run.tables.get(kind, {}).get(metric) for kind, metric in columns]
+        row += ["-" if ap is None else f"{ap:.1f}" for ap in aps]
         row += [f"{run.given[k]:.3f}" if k in run.given else "-" for k in ("mean_iou", "over_75")]
         rows.append([*row, run.last("images_per_s")])
     parts = ["<h1>Training runs</h1><h2>Results</h2>", table(heads, rows)]

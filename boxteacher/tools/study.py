@@ -4,14 +4,13 @@
 
 Every run is a process on one core (OMP_NUM_THREADS sets another number). When it ends, it becomes a
 line of runs/study/NAME/results.jsonl. The same command goes on where it stopped: it runs what has
-not finished, has failed, or has other words than before.
+not finished, has failed, or has other words or settings than before.
 
 Settings are tuned with seeds 10 and up, and seeds 0 to 4 are reported. A table has the given seeds.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
 import json
 import os
@@ -28,7 +27,7 @@ from PIL import Image
 
 from boxteacher import errors
 from boxteacher.command_line import Parser, parse
-from boxteacher.config import Config, ConfigError
+from boxteacher.config import CHOICES, FIELDS, Config, ConfigError
 from boxteacher.files import write_text
 from boxteacher.shapes import load_shapes_image, make_shapes_coco
 from boxteacher.tools.studies import STUDIES, C
@@ -53,15 +52,18 @@ def make_run(study: Path, configurations: dict[str, C], label: str, seed: int) -
         first = make_run(study, configurations, configuration.start_from, seed)
         needs.append(first.folder)
         identity["words"] += f" | start from: {first.identity['words']}"
+        identity["starts_from"] = first.identity["settings"]
         words.append(f"--init={first.folder / 'last.pt'}")
     cfg, masks, files = parse(words), folder / "masks.json", folder / "files"
-    settings = {f: v for f, v in dataclasses.asdict(cfg).items() if v != getattr(Config(), f)}
+    settings = {f: getattr(cfg, f) for f in FIELDS if getattr(cfg, f) != getattr(Config(), f)}
+    settings = {f: v for f, v in settings.items() if f not in CHOICES}
     identity["settings"] = json.loads(json.dumps(settings))  # of this version's presets
     make_masks, commands = [sys.executable, "-m", "boxteacher.tools.label"], []
     if configuration.masks_from:
         first = make_run(study, configurations, configuration.masks_from, seed)
         needs.append(first.folder)
         identity["words"] += f" | masks from: {first.identity['words']}"
+        identity["masks_from"] = first.identity["settings"]
         inputs = [f"--boxes={cfg.train_json}", f"--images={cfg.train_images}"]
         if cfg.dataset == "shapes":
             code = f"import boxteacher.tools.study as s; s.write_shapes({str(files)!r}, {words})"
