@@ -60,9 +60,7 @@ def run(main: Callable[[], object]) -> None:
             end(1, "error: another process of this run has ended; torchrun says which and how")
         if isinstance(error, OSError) and (error.filename is not None or error.errno in NO_SPACE):
             end(1, f"error: {error.filename or 'what the program prints'}: {error.strerror}")
-        if isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(
-            error
-        ):  # torch's words
+        if str(error).startswith("DataLoader worker (pid"):  # torch's words
             advice = "too little memory? lower --workers; a training goes on with --resume"
             end(1, f"error: {str(error).strip().rstrip('.')}; {advice}")
         if not is_first_to_fail():
