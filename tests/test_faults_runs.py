@@ -588,10 +588,10 @@ CLASSES = ["star", "ring", "crescent"]
     [
         (["star", "ring", "crescent"], [0, 1, 2], []),
         (["crescent", "star", "ring"], [2, 0, 1], ["3 carried over"]),
-        (["ring", "ox"], [1, None], ["1 carried over by name (ring)", "1 new (ox)", "2 not used"]),
-        (["ox"], [None], ["1 new (ox)", "3 not used (star, ring, crescent)"]),
+        (["ring", "ox"], [1, None], ["1 carried over by name ('ring')", "1 new ('ox')", "2 not"]),
+        (["ox"], [None], ["1 new ('ox')", "3 not used ('star', 'ring', 'crescent')"]),
         (["a", "b", "c"], [None] * 3, ["3 new"]),
-        ([*CLASSES, *map(str, range(20))], [0, 1, 2] + [None] * 20, ["20 new (0, 1, 2"]),
+        ([*CLASSES, *map(str, range(20))], [0, 1, 2] + [None] * 20, ["20 new ('0', '1', '2'"]),
     ],
 )
 def test_fine_tuning_carries_classes_over_by_name(tmp_path, wanted, of, parts):
