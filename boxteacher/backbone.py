@@ -7,7 +7,6 @@ Every backbone here maps images [N, 3, H, W] to {"p3": stride 8, "p4": 16, "p5":
 from __future__ import annotations
 
 import functools
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +21,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """As many groups as divide the channels: 32 at most, of at least 4 channels each."""
+    """As many groups as divide the channels: 32 at most, of 4 channels or more each."""
     most = min(32, channels // 4)
     return nn.GroupNorm(max(n for n in range(1, most + 1) if channels % n == 0), channels)
 
@@ -112,7 +111,7 @@ class DeformableConv(DeformConv2d):
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
-        """Replaces `conv` and takes its weights."""
+        """Replaces `conv`, 3x3 without bias or dilation, and takes its weights."""
         stride, padding = conv.stride[0], conv.padding[0]
         super().__init__(conv.in_channels, conv.out_channels, 3, stride, padding, bias=False)
         self.weight = conv.weight
@@ -285,4 +284,4 @@ class Backbone(nn.Module):
         )
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        return list(self.fpn(OrderedDict(self.body(images))).values())
+        return list(self.fpn(self.body(images)).values())

@@ -113,7 +113,7 @@ def average_precision(images: Sequence[Overlaps], threshold: float) -> float | N
     # The curve, with a point after the last of each group of equal scores.
     order = np.argsort(-np.concatenate(scores), kind="stable")
     score, right = np.concatenate(scores)[order], np.concatenate(is_right)[order].cumsum()
-    is_last = np.append(score[1:] != score[:-1], len(score) > 0)[: len(score)]
+    is_last = np.diff(score, append=-np.inf) != 0
     recall = np.append(0, right[is_last] / num_true)
     precision = np.append(1, right[is_last] / (1 + np.flatnonzero(is_last)))
     return 100 * float((np.diff(recall) * (precision[1:] + precision[:-1]) / 2).sum())

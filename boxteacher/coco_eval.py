@@ -151,10 +151,10 @@ def evaluate_coco(
     per image *and class*, as in pycocotools. An annotation without "area" gets its mask's area (its
     box's, if it has no mask). The arguments are not changed.
 
-    Raises NoMasksError for "segm" without true masks. Raises EvaluationError for all that is wrong
-    in the ground truth (but its boxes may lie anywhere, and files may lack names), and for results
-    with an unknown image or category, fields of a wrong type, or a mask that does not fit its
-    image. Messages call the ground truth `name`.
+    Raises NoMasksError for "segm" without true masks. Raises EvaluationError for faults of the
+    ground truth. Its boxes may lie anywhere, and file names may be missing. Raises EvaluationError
+    for results with an unknown image or category, a field of a wrong type, or a mask of another
+    size than its image. Messages call the ground truth `name`.
 
     Differs from `COCOeval.summarize()`, whose headline AP is at 100 detections whatever the limit.
     """
@@ -262,11 +262,11 @@ def format_table(result: dict[str, dict[str, Any]]) -> str:
 def box_baselines(coco: dict[str, Any], kind: Literal["box", "ellipse"]) -> list[dict[str, Any]]:
     """COCO results that boxes alone give: each true box, filled or its inscribed ellipse, score 1.
 
-    A pixel belongs to the mask if its center lies within the box or ellipse. A method trained from
-    boxes must beat these floors to have learned anything about masks. Crowds are left out.
+    A pixel belongs to the mask if its center lies within the box or ellipse. A method that
+    learns masks from boxes must be better than both. Crowds are left out.
     """
     norm = {"box": np.maximum, "ellipse": np.hypot}[kind]
-    sizes = _image_sizes(coco)
+    sizes = {image["id"]: (image["height"], image["width"]) for image in coco["images"]}
     results = []
     for annotation in coco["annotations"]:
         if annotation.get("iscrowd", 0):
@@ -354,10 +354,6 @@ def _no_mask_problem(result: dict) -> str:
     is_none = (mask := result.get("segmentation")) is None
     is_empty = isinstance(mask, (list, dict)) and not mask
     return "is missing or empty; mask AP needs predicted masks" if is_none or is_empty else ""
-
-
-def _image_sizes(coco: dict[str, Any]) -> dict[int, tuple[int, int]]:
-    return {image["id"]: (image["height"], image["width"]) for image in coco["images"]}
 
 
 def _percent(precision: np.ndarray) -> float | None:

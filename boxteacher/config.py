@@ -36,7 +36,7 @@ class Config:
 
     # --- data ---------------------------------------------------------------
     dataset: Literal["coco", "shapes"] = "coco"  # files in COCO's JSON format, or generated images
-    train_json: str = "data/coco/annotations/instances_train2017.json"  # boxes; condinst: masks
+    train_json: str = "data/coco/annotations/instances_train2017.json"  # boxes (condinst: masks)
     train_images: str = "data/coco/train2017"  # the folder of its images
     val_json: str = "data/coco/annotations/instances_val2017.json"  # masks; "": no evaluation
     val_images: str = "data/coco/val2017"  # the folder of its images
@@ -47,13 +47,13 @@ class Config:
     train_max_size: int = 1333  # long side at most
     test_size: int = 800  # short side at test time
     test_max_size: int = 1333  # long side at most, at test time and for the teacher
-    train_scales: tuple[float, ...] = ()  # if given: enlarge by one of these, not to a short side
-    test_scale: float = 0.0  # if > 0: enlarge by this factor at test time, not to test_size
+    train_scales: tuple[float, ...] = ()  # if given: factors to enlarge by, not train_sizes
+    test_scale: float = 0.0  # if > 0: the same at test time, not test_size
     crop: int = 0  # if > 0: train on random square crops of so many pixels
     flip: bool = True  # mirror half of the training images
     contrast: Literal["none", "stretch"] = "none"  # stretch: for dark images (microscopes, X-ray)
-    bottom_rows: int = 10  # ignored by pairwise losses (unreliable in COCO: 10; else 0)
-    workers: int = 4  # data loading processes per rank
+    bottom_rows: int = 10  # not used by pairwise losses (COCO: 10, else 0)
+    workers: int = 4  # data loading workers of each process
 
     # --- model --------------------------------------------------------------
     backbone: Backbone = "resnet50"  # the network below the feature pyramid
@@ -70,13 +70,13 @@ class Config:
     mask_branch_convs: int = 4  # layers, before the last one
     mask_channels: int = 16  # of the mask branch's output; published for condinst: 8
     size_unit: int = 64  # pixels: P3 takes distances up to 1 unit, P4 up to 2, P5 up to 4 ...
-    mask_norm: Literal["bn", "gn"] = "bn"  # in the mask branch; bn has statistics per rank
+    mask_norm: Literal["bn", "gn"] = "bn"  # in the mask branch; bn: of each process alone
 
     # --- training -----------------------------------------------------------
-    steps: int = 90_000  # a shorter run shortens its warm-ups and lr_drops too
+    steps: int = 90_000  # scales lr_drops and pseudo_start; fewer: warm-ups too
     epochs: float = 0.0  # if > 0: steps are those of so many passes over the training images
-    batch_size: int = 16  # images of a step, over all ranks
-    accumulate: int = 1  # a rank takes its images in so many parts, to save memory
+    batch_size: int = 16  # images of a step, of all processes
+    accumulate: int = 1  # a process takes its images in so many parts, to save memory
     optimizer: Literal["sgd", "adamw"] = "sgd"  # published: sgd, for Swin adamw
     lr: float = 0.01  # sgd: for 16 images, scaled linearly with batch_size
     weight_decay: float = 1e-4  # of all weights that train
@@ -84,12 +84,12 @@ class Config:
     lr_drops: tuple[int, ...] = (60_000, 80_000)  # lr is divided by 10 at these (lr_schedule=step)
     warmup_steps: int = 1000  # lr grows linearly from 0.001 of it
     clip_grad: float = 0.0  # maximum gradient norm; 0: no clipping
-    weak_warmup_steps: int = 10_000  # the pairwise and pseudo-mask losses grow over these
+    weak_warmup_steps: int = 10_000  # warm-up of the pairwise and pseudo-mask losses
     seed: int = 0  # of first weights, order of images and random draws
 
     # --- losses and teacher -------------------------------------------------
     pairwise_weight: float = 1.0  # of BoxInst's pairwise loss
-    pairwise_ends: bool = False  # it ends at pseudo_start, in mode boxinst too
+    pairwise_ends: bool = False  # no pairwise loss after pseudo_start, in mode boxinst too
     pseudo_mask_weight: float = 0.5  # lambda_p, of the noise-aware pixel loss
     pseudo_affinity_weight: float = 0.1  # lambda_a, of the noise-reduced affinity loss
     color_threshold: float = 0.3  # tau: pairs of pixels with this color similarity are learned
@@ -98,16 +98,16 @@ class Config:
     iou_threshold: float = 0.5  # tau_iou: least IoU of a detection with the box that takes its mask
     score_threshold: float = 0.0  # tau_c: least score of a pseudo mask
     use_masks: bool = False  # boxteacher: true masks replace the teacher's, where there are some
-    pseudo_score: PseudoScore = "mask_aware"  # weight of a pseudo mask; published: as that code
-    max_mask_locations: int = 64  # that learn a mask, per image; condinst: per rank, at random
-    pseudo_start: int = 0  # steps before the first pseudo masks: BoxInst, which the teacher copies
+    pseudo_score: PseudoScore = "mask_aware"  # weight of a pseudo mask; published: authors' code
+    max_mask_locations: int = 64  # that learn a mask, per image; condinst: per process, at random
+    pseudo_start: int = 0  # steps of BoxInst before the first pseudo masks
     ema_momentum: float = 0.999  # of the teacher's moving average
     teacher_size: int = 800  # short side of the teacher's input; 0: the student's own size
-    student_augmentation: Literal["none", "weak", "strong", "strong_blur"] = "strong"  # of colors
+    student_augmentation: Literal["none", "weak", "strong", "strong_blur"] = "strong"  # of color
 
     # --- inference and evaluation -------------------------------------------
-    max_detections: int = 100  # per image; also COCO's maxDets, which the headline AP honors
-    metric: Literal["coco", "voc", "cityscapes"] = "coco"  # whose rules give the table of AP
+    max_detections: int = 100  # per image; also COCO's maxDets, in all columns
+    metric: Literal["coco", "voc", "cityscapes"] = "coco"  # the rules of the AP table
     eval_every: int = 0  # steps between evaluations; 0: at the end only
 
     # --- machine ------------------------------------------------------------
@@ -117,7 +117,7 @@ class Config:
     checkpoint_every: int = 5000  # steps
     log_every: int = 20  # steps
     init: str = ""  # a checkpoint to start from (weights only)
-    resume: bool = False  # go on from the run's last.pt
+    resume: bool = False  # continue from the run's last.pt
     out: str = ""  # the folder of the run; empty: runs/PRESET
 
 

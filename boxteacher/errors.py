@@ -37,7 +37,7 @@ def printable(text: str, limit: int = 2000) -> str:
 
 def run(main: Callable[[], object]) -> None:
     """Run a program. What the user can solve or has asked for ends it with one line instead of a
-    traceback. Of torchrun's processes on a machine only the first to fail speaks."""
+    traceback. Under torchrun only the first process of a machine to fail prints it."""
     for name in ("stdout", "stderr"):  # closed by the caller
         setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):  # print names that the terminal cannot show
@@ -59,9 +59,9 @@ def run(main: Callable[[], object]) -> None:
         if "TORCHELASTIC_ERROR_FILE" in os.environ and "by peer" in str(error):  # gloo's words
             end(1, "error: another process of this run has ended; torchrun says which and how")
         if isinstance(error, OSError) and (error.filename is not None or error.errno in NO_SPACE):
-            end(1, f"error: {error.filename or 'what the program prints'}: {error.strerror}")
+            end(1, f"error: {error.filename or 'standard output'}: {error.strerror}")
         if str(error).startswith("DataLoader worker (pid"):  # torch's words
-            advice = "too little memory? lower --workers; a training goes on with --resume"
+            advice = "too little memory? lower --workers; --resume continues a training"
             end(1, f"error: {str(error).strip().rstrip('.')}; {advice}")
         if not is_first_to_fail():
             sys.exit(1)

@@ -188,10 +188,8 @@ def assign_targets(
     center ± 1.5 strides. And max(l, t, r, b) is in its level's range, both ends included. Of
     several boxes the smallest wins, and of equal ones the first.
 
-    boxes [N, G, 4]; labels, valid [N, G]; centers [N, G, 2].
-
-    Differs from the published code with box supervision, which takes the centroid of the rasterized
-    box. Here the center is the box's.
+    boxes [N, G, 4], G at least 1; labels, valid (false: padding) [N, G]; centers [N, G, 2],
+    the boxes' own. BoxInst's code takes the centroids of the rasterized boxes.
     """
     x, y = locations.xy[:, :1], locations.xy[:, 1:]  # [P, 1]
     x1, y1, x2, y2 = boxes[:, None].unbind(-1)  # [N, 1, G]
@@ -290,13 +288,11 @@ def detect(
     probs = predictions.class_logits.sigmoid() * predictions.centerness_logits.sigmoid()[..., None]
     num_classes = probs.shape[-1]
     pairs, start = [], 0  # per level [N, <= pre_nms_top]: p, and a number for (location, class)
-    for size in locations.level_sizes:
-        level = probs[:, start : start + size].flatten(1)
-        p, pair = level.topk(min(pre_nms_top, level.shape[1]), dim=1)
-        pairs.append((p, pair + start * num_classes))
-        start += size
-    best_p = torch.cat([p for p, _ in pairs], dim=1)
-    best_pair = torch.cat([pair for _, pair in pairs], dim=1)
+    for level in probs.split(locations.level_sizes, dim=1):
+        p, pair = level.flatten(1).topk(min(pre_nms_top, level[0].numel()), dim=1)
+        pairs.append((p, pair + start))
+        start += level[0].numel()
+    best_p, best_pair = (torch.cat(parts, dim=1) for parts in zip(*pairs, strict=True))
 
     results = []
     for p, pair, distances in zip(best_p, best_pair, predictions.distances, strict=True):

@@ -107,8 +107,8 @@ class RunGuard:
 
 class StopSignals:
     """While it is entered, SIGTERM and SIGINT are only noted: a run goes on until it is saved. In
-    `at_once` all is saved, and they end it with Stopped. A second signal ends the process in any
-    case, as without this class.
+    `at_once` all is saved, and they end it with Stopped. A second signal, two seconds later or
+    more, ends the process, as without this class.
     """
 
     ONE_SIGNAL = 2.0  # seconds: Slurm and torchrun may send the same signal both
@@ -133,7 +133,7 @@ class StopSignals:
 
     def stopped(self) -> Stopped:
         command = f"train.py --resume --out {self.out}"
-        return Stopped(f"stopped, and all of it is saved: {command} goes on")
+        return Stopped(f"stopped, and everything is saved: {command} continues the run")
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
@@ -152,7 +152,7 @@ class StopSignals:
             self.received, self.since = True, now
             if distributed.is_main() and not self.is_saved:
                 name = signal.Signals(number).name
-                text = f"\n{name}: the run stops after this step; a second signal ends it at once\n"
+                text = f"\n{name}: the run saves and stops in two steps; a second signal kills it\n"
                 with contextlib.suppress(OSError):  # nobody reads it
                     os.write(sys.stderr.fileno(), text.encode())
         if self.is_saved:

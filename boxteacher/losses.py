@@ -5,6 +5,7 @@
     color_pairwise_sums                         a sum and its weight for each instance
     centerness_targets, box_masks, inside_masks, color_similarity      helpers
 
+Floats are float32 or float64, since sums of half precision overflow.
 N images · K sampled instances · C classes · H4, W4 the stride-4 grid · 8 neighbors at dilation 2
 
 Sources: focal loss arXiv 1708.02002, GIoU 1902.09630, FCOS 1904.01355, dice 1606.04797,
@@ -39,7 +40,7 @@ def focal_loss(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float
     """
     is_class = labels[..., None] == torch.arange(logits.shape[-1], device=logits.device)
     z = torch.where(is_class, -logits, logits)
-    alpha_t = torch.where(is_class, alpha, 1 - alpha).to(logits.dtype)
+    alpha_t = torch.full_like(logits, 1 - alpha).masked_fill(is_class, alpha)
     return alpha_t * z.sigmoid() ** gamma * F.softplus(z)
 
 
@@ -69,10 +70,9 @@ def centerness_targets(distances: Tensor) -> Tensor:
 
     distances [..., 4] > 0. Returns [...] in (0, 1].
     """
-    left, top, right, bottom = distances.unbind(-1)
-    horizontal = torch.minimum(left, right) / torch.maximum(left, right)
-    vertical = torch.minimum(top, bottom) / torch.maximum(top, bottom)
-    return (horizontal * vertical).sqrt()
+    near = torch.minimum(distances[..., :2], distances[..., 2:])
+    far = torch.maximum(distances[..., :2], distances[..., 2:])
+    return (near / far).prod(-1).sqrt()
 
 
 # --- masks against masks and boxes ----------------------------------------------------------------
@@ -105,8 +105,9 @@ def box_masks(boxes: Tensor, height: int, width: int, stride: int = 4) -> Tensor
     boxes [..., 4] xyxy in pixels. Returns bool [..., height, width], a grid of that stride.
     """
     x1, y1, x2, y2 = boxes.trunc()[..., None].unbind(-2)
-    rows = torch.arange(height, device=boxes.device) * stride + stride // 2
-    columns = torch.arange(width, device=boxes.device) * stride + stride // 2
+    exact = dict(device=boxes.device, dtype=torch.float32)  # bfloat16 has 8 bits
+    rows = torch.arange(height, **exact) * stride + stride // 2
+    columns = torch.arange(width, **exact) * stride + stride // 2
     in_rows = (rows >= y1) & (rows <= y2)
     in_columns = (columns >= x1) & (columns <= x2)
     return in_rows[..., :, None] & in_columns[..., None, :]
@@ -130,8 +131,8 @@ def _pairwise_sums(
 
         -log(p_i p_j + (1-p_i)(1-p_j)) = softplus(a_i) + softplus(a_j) - softplus(a_i + a_j)
 
-    with p = sigmoid(a), so no log of a small number is taken. A pair is seen from both its ends:
-    its weight is the sum of the two: 0, 1 or 2. As uint8, little is kept for the backward pass.
+    with p = sigmoid(a), so no log of a small number is taken. A pair counts once for each of its
+    two pixels that has it: its weight is 0, 1 or 2. As uint8 it takes little memory.
 
     mask_logits [..., H4, W4]; pair_weights(direction) broadcasts to the pairs. Returns two [...].
     """
@@ -172,19 +173,22 @@ def affinity_loss(
     inside_image: Tensor,
     threshold: float = 0.5,
 ) -> Tensor:
-    """Noise-reduced affinity (BoxTeacher, section 3.3): neighbors that are alike in a smoothed
-    pseudo mask t~ should have the same label.
+    """Noise-reduced affinity (BoxTeacher): neighbors that are alike in a smoothed pseudo mask t~
+    should have the same label.
 
         t~ = (t + mean3x3(t)) / 2;  g_ij = t~_i t~_j + (1-t~_i)(1-t~_j)
         v_ij = 1[g_ij >= threshold] b_i
         L = Σ v_ij * -log(p_i p_j + (1-p_i)(1-p_j)) / max(Σ v_ij, 1),  over j inside the image
 
+    With the published threshold 0.5 smoothing changes nothing: t~ is above 1/2 exactly where t = 1,
+    so g_ij >= 0.5 means t_i = t_j. It matters at other thresholds.
+
     mask_logits, pseudo_masks {0, 1}, inside_box bool [N, K, H4, W4]; inside_image bool [N, H4, W4].
     Returns [N, K].
     """
-    each = pseudo_masks.flatten(0, 1)[:, None]
-    mean = F.avg_pool2d(each, 3, stride=1, padding=1)  # the padding counts as 0
-    smooth = (pseudo_masks + mean.view_as(pseudo_masks)) / 2
+    t = pseudo_masks.to(mask_logits.dtype)
+    mean = F.avg_pool2d(t.flatten(0, 1)[:, None], 3, stride=1, padding=1)  # padding counts as 0
+    smooth = (t + mean.view_as(t)) / 2
 
     def pair_weights(direction: int) -> Tensor:
         t_i, t_j = _pairs(smooth, direction)
@@ -246,7 +250,7 @@ def color_similarity(images: Tensor, inside_image: Tensor) -> Tensor:
 
 
 def shifted(x: Tensor, dy: int, dx: int) -> Tensor:
-    """x [N, channels, H4, W4] at every pixel's neighbor (dy, dx), 0 outside the map."""
+    """x [N, channels, H4, W4] at every neighbor (dy, dx) of NEIGHBORS, 0 outside the map."""
     height, width = x.shape[-2:]
     padded = F.pad(x, [2, 2, 2, 2])
     return padded[..., 2 + dy : 2 + dy + height, 2 + dx : 2 + dx + width]

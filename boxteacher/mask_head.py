@@ -140,9 +140,10 @@ def pixel_positions(
 
 
 def read_maps(maps: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Bilinear interpolation of maps [D, H4, W4] at `pixel_positions` [r] and [c], or [D, r] and
-    [D, c]. Equal to `aligned_upsample` by 4, a cut to `size` and bilinear resizing: two steps in
-    one, since the upsampled map is linear between pixels. Returns [D, r, c], columns contiguous.
+    """Bilinear interpolation of maps [D, H4, W4], of 2x2 cells or more, at `pixel_positions` [r]
+    and [c], or [D, r] and [D, c]. Equal to `aligned_upsample` by 4, a cut to `size` and bilinear
+    resizing: two steps in one, since the upsampled map is linear between pixels. Returns [D, r, c],
+    columns contiguous.
     """
     for positions in (rows, columns):  # the columns are the lines of the second turn
         low = positions.long().clamp(max=maps.shape[1] - 2)
@@ -159,8 +160,8 @@ def mask_windows(
     """The masks of maps [D, H4, W4], each read only where it can be over the threshold.
 
     A pixel is a mean of four cells, and one of these must be over the threshold. The window holds
-    all pixels less than a cell away from such cells. Yields D times probabilities [r, c], with
-    r = c = 0 if there are none, and the window's corner (top, left).
+    all pixels less than a cell away from such cells. Yields for each map its probabilities
+    [r, c] there, with r = c = 0 if there are none, and the window's corner (top, left).
     """
     is_over, spans = maps > threshold, []
     for positions, others in ((rows, 2), (columns, 1)):

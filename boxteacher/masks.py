@@ -252,7 +252,7 @@ def polygons(mask: np.ndarray, top: int = 0, left: int = 0) -> list[list[float]]
     holes. So a line leads from the part's outline to the hole's and back, with nothing between.
     `top`, `left`: the place of the mask in its image.
     """
-    padded, loop_of_edge, part_of_loop = np.pad(mask, 1), {}, []
+    padded, loop_of_edge, part_of_loop = np.pad(mask, 1).astype(bool), {}, []
     parts: list[list[tuple[int, int]]] = []
     for edges, corners in sorted(outlines(padded)):  # from left to right
         points = [(x - 1 + left, y - 1 + top) for x, y in corners]

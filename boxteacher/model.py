@@ -216,8 +216,8 @@ class CondInst(nn.Module):
 
     @torch.no_grad()
     def make_pseudo_masks(self, batch: Batch, resize: bool = True) -> PseudoMasks:
-        """The teacher's step (BoxTeacher, section 3.2): detect on the plain images, score the
-        masks, assign them to the boxes.
+        """The teacher's step (BoxTeacher): detect on the plain images, score the masks, assign them
+        to the boxes.
 
         The images are enlarged to `cfg.teacher_size`, unless that is 0 or `resize` is False. A run
         calls this in train mode: batch norms use the batch's statistics.
@@ -339,7 +339,7 @@ class CondInst(nn.Module):
             yield part, mask_head.aligned_upsample(logits_s8, 2)[0].sigmoid()
 
 
-# --- the losses, in the order of the story: FCOS, CondInst, BoxInst, BoxTeacher -------------------
+# --- the losses, in the order of the methods: FCOS, CondInst, BoxInst, BoxTeacher -----------------
 
 
 def detection_losses(predictions: fcos.Predictions, targets: fcos.Targets) -> LossSums:
@@ -385,7 +385,7 @@ def pseudo_losses(
     pseudo: PseudoMasks,
     affinity_threshold: float,
 ) -> LossSums:
-    """BoxTeacher (arXiv 2210.05174, section 3.3): the noise-aware pixel loss and the noise-reduced
+    """BoxTeacher (arXiv 2210.05174): the noise-aware pixel loss and the noise-reduced
     affinity loss against pseudo masks, each weighted by its mask's score. The
     affinity loss is a mean over an instance's pairs. The count makes both means over instances."""
     trust = sampled.of_boxes(pseudo.weights)  # [N, K]
@@ -402,8 +402,8 @@ def pseudo_losses(
 
 
 def with_true_masks(pseudo: PseudoMasks | None, batch: Batch) -> PseudoMasks:
-    """Mixed supervision: a box that has a true mask learns from it, with weight 1, whatever the
-    teacher says, and before it says anything. (Not in the paper.)"""
+    """Mixed supervision (not in the paper): a box that has a true mask learns from it with weight
+    1, also before `pseudo_start`."""
     if pseudo is None:
         return PseudoMasks(batch.masks, batch.has_mask.float())
     masks = torch.where(batch.has_mask[..., None, None], batch.masks, pseudo.masks)

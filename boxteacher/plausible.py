@@ -66,7 +66,7 @@ def likely_form(boxes: np.ndarray, extents: np.ndarray | None, sizes: np.ndarray
     shares = {form: fits(corners, extents, sizes).mean() for form, corners in read.items()}
     best = max(shares, key=shares.__getitem__)
     is_other = shares[best] > 0.9 >= shares[AS_IS]
-    return f"; nearly all would, were 'bbox' {best}" if is_other else ""
+    return f"; nearly all would if 'bbox' was {best}" if is_other else ""
 
 
 def doubts(
@@ -100,7 +100,7 @@ def doubts(
         is_shifted = np.zeros_like(is_fit)
         is_shifted[is_fit] = abs(shift - middle).max(1) < 0.3
         where = f"boxes lie ({middle[0]:+.1f}, {middle[1]:+.1f}) pixels from their masks"
-        tell(is_shifted, 0.8, where, "; is the first pixel 1 in one of them, 0 in the other?")
+        tell(is_shifted, 0.8, where, "; does one of them count pixels from 1, the other from 0?")
 
     share = areas / boxes[:, 2:].clip(1e-6).prod(1)
     tell((share > 1.5) | (share < 0.003), 0.05, "areas do not go with their boxes")

@@ -1,5 +1,6 @@
-"""From a teacher's detections to pseudo masks (BoxTeacher, arXiv 2210.05174, section 3.2).
+"""From a teacher's detections to pseudo masks (BoxTeacher, arXiv 2210.05174).
 
+Floats are float32 or float64. Nothing here is for gradients.
 D detections · G ground-truth boxes · h, w a grid of pixels, of an image or of stride 4
 """
 
@@ -39,17 +40,17 @@ def assign_to_boxes(
     the detection of each box, -1 for none.
     """
     num_detections, num_boxes = ious.shape
-    assert scores.shape == (num_detections,)
+    assert scores.shape == (num_detections,), "scores must be [D]"
     assigned = [-1] * num_boxes
     free = list(range(num_boxes))
-    rows = ious.tolist()
+    rows = ious.where(ious >= iou_threshold, -1.0).tolist()
     order = scores.sort(descending=True, stable=True)
     for detection, score in zip(order.indices.tolist(), order.values.tolist(), strict=True):
         if score < score_threshold or not free:
             break
         row = rows[detection]
         box = max(free, key=row.__getitem__)  # the first of equals
-        if row[box] >= iou_threshold:
+        if row[box] >= 0:
             assigned[box] = detection
             free.remove(box)
     return torch.tensor(assigned, dtype=torch.int64)

@@ -187,7 +187,7 @@ def final_summary(cfg: Config, out: Path, tables: dict[str, Any], minutes: float
         lines += [
             f"Images that it has not seen: {kind} AP {ap}, AP50 {ap50}. AP, 0 to 100, is the mean",
             f"precision over recalls, classes and {kind} IoU thresholds from 0.50 to 0.95.",
-            "AP50 is the precision at the IoU threshold 0.50.",
+            "AP50 is the AP of the IoU threshold 0.50 alone.",
         ]
     lines += [
         f"  {out / 'contact_sheet.png'}: boxes, pseudo masks, predictions, truth",

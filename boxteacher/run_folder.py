@@ -1,4 +1,4 @@
-"""The folder of a run: where it is, what goes on there, and that one run alone writes to it."""
+"""The folder of a run: its name, its lock (one run alone writes to it), and resuming."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The built-in data: objects that a box does not give away, in colors that mislead as often as on
+"""The built-in data: painted objects. Colors are alike across their outlines as often as on
 photographs. Everything follows from (seed, index), there are no files.
 
 Shapes: a filled box, or the ellipse inscribed in it, is a poor mask for a rotated star, a ring, a
@@ -15,8 +15,8 @@ photographs at 800 (`python -m boxteacher.tools.inspect shapes --statistics`):
     of all that look alike, cross the outline               6.2      1.8
     objects with over 25 % leaks                            6.5      3.4
 
-The fourth row follows from the first three and from the share of pairs that cross an outline: a
-quarter here, 6 % on COCO, where objects are larger on the stride-4 grid.
+The fourth row follows from the first three and from the share of pairs that cross an outline: 21 %
+here, 6 % on COCO, where objects are larger on the stride-4 grid.
 
 How: `_layout` draws outlines from one random stream, `make_shapes_image` paints them from another,
 so annotations (`make_shapes_coco`) cost no painting. Colors are CIE Lab (D65), as in BoxInst.

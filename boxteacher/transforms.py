@@ -46,8 +46,8 @@ class View(NamedTuple):
         top, left, h, w = self.window
         right, bottom = min((left + w) / x_scale, width), min((top + h) / y_scale, height)
         source = (left / x_scale, top / y_scale, right, bottom)
-        view = Image.fromarray(pixels).resize((w, h), Image.Resampling.BILINEAR, source)
-        return np.asarray(view)[:, ::-1] if self.flip else np.asarray(view)
+        view = np.asarray(Image.fromarray(pixels).resize((w, h), Image.Resampling.BILINEAR, source))
+        return view[:, ::-1] if self.flip else view
 
     def padded(self, pixels: np.ndarray) -> Tensor:
         """What `image` gives, as the network takes it: uint8 [1, 3, H, W], with zeros up to
@@ -112,7 +112,8 @@ def resized_size(
 def draw_view(
     geometry: Geometry, original: tuple[int, int], boxes: np.ndarray, rng: np.random.Generator
 ) -> View:
-    """Draw from the geometry. A crop shows the center of one of the boxes [G, 4], at random."""
+    """Draw from the geometry. A crop shows the center of one of the boxes [G, 4], at random,
+    and needs one at least. Boxes lie in the image."""
     # Flip and size.
     flip = geometry.flip and rng.random() < 0.5
     short_side = 0 if geometry.scales else int(rng.choice(geometry.sizes))
@@ -159,7 +160,7 @@ def augment(
     generator: torch.Generator,
     skip: int = 0,
 ) -> Tensor:
-    """Other colors: jitter in random order, grayscale, blur of kernel 3 (BoxTeacher, section 4).
+    """Other colors: jitter in random order, grayscale, blur of kernel 3 (BoxTeacher).
 
     uint8 [N, 3, H, W] -> the same. Each image is treated without its padding, which stays 0.
     `strength` is one of STRENGTHS. Every image uses DRAWS_PER_IMAGE random numbers, made on the CPU
@@ -168,9 +169,8 @@ def augment(
     """
     draws = torch.rand(skip + len(images), DRAWS_PER_IMAGE, generator=generator)[skip:].tolist()
     augmented = images.clone()
-    for n, (h, w) in enumerate(sizes):
-        image = augmented[n, :, :h, :w]
-        image.copy_(_augment_image(image, STRENGTHS[strength], draws[n]))
+    for image, (h, w), numbers in zip(augmented, sizes, draws, strict=True):
+        image[:, :h, :w] = _augment_image(image[:, :h, :w], STRENGTHS[strength], numbers)
     return augmented
 
 

@@ -64,7 +64,7 @@ class Traps:
             yield (
                 "fill",
                 f"masks fill {fill:.0%} of their boxes after half of the run: they are boxes, not"
-                " objects; try a longer --weak-warmup-steps or a lower --lr",
+                " objects; try half the --lr, then a longer --weak-warmup-steps",
             )
         lost = means.get("lost_boxes", 0.0)
         if lost > 0.1:
@@ -72,7 +72,7 @@ class Traps:
             field = "train_scales" if cfg.train_scales else "train_sizes"
             yield (
                 "lost",
-                f"{lost:.0%} of the boxes have no location that learns them: they are too small for"
+                f"{lost:.0%} of the boxes have no positive location: they are too small for"
                 f" the network's strides; images {scale:.1f} times as large would help ({field} and"
                 " the test size)",
             )

@@ -292,7 +292,7 @@ def test_a_full_disk_below_the_output_of_a_program_is_one_line():
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-c", code]
         done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
-    assert done.stderr.startswith("error: what the program prints: No space left on device\n")
+    assert done.stderr.startswith("error: standard output: No space left on device\n")
     assert "Traceback" not in done.stderr
 
 
@@ -706,9 +706,9 @@ def test_a_signal_stops_a_run_which_goes_on_exactly(whole, tmp_path, number, wor
     assert process.returncode == 75, err
     assert "Traceback" not in err
     assert "Error" not in err
-    assert f"{number.name}: the run stops after this step" in err
-    advice = f"train.py --resume --out {folder} goes on"
-    assert err.splitlines()[-1] == f"stopped, and all of it is saved: {advice}"
+    assert f"{number.name}: the run saves and stops in two steps" in err
+    advice = f"train.py --resume --out {folder} continues the run"
+    assert err.splitlines()[-1] == f"stopped, and everything is saved: {advice}"
     step = load_checkpoint(folder / "last.pt")["step"]
     assert lines_in(folder) == step < 12
     resumed = train("--resume", "--out", folder)
@@ -798,7 +798,7 @@ def test_a_signal_ends_at_once_what_is_saved():
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 75
-    assert err.splitlines()[-1].startswith("stopped, and all of it is saved")
+    assert err.splitlines()[-1].startswith("stopped, and everything is saved")
 
 
 @pytest.mark.parametrize("main", ["print", "lambda: parse(['--list'])"])

@@ -191,6 +191,12 @@ def test_box_masks(corners, stride):
         assert torch.equal(mask, raster[stride // 2 :: stride, stride // 2 :: stride])
 
 
+def test_box_masks_of_bfloat16_boxes_are_exact():
+    boxes = torch.tensor([[300.0, 300.0, 512.0, 512.0]])  # bfloat16 holds these, but not 510
+    expected = losses.box_masks(boxes, 200, 200)
+    assert torch.equal(losses.box_masks(boxes.bfloat16(), 200, 200), expected)
+
+
 # --- pairs of pixels ------------------------------------------------------------------------------
 
 
@@ -308,6 +314,16 @@ def test_affinity_loss(threshold):
             total, weights = slow_pairwise(logits[n, k].tolist(), weight)
             assert loss[n, k].item() == pytest.approx(total / max(weights, 1), abs=1e-10)
     assert loss[0, 1] == 0
+    torch.testing.assert_close(
+        losses.affinity_loss(logits, masks.bool(), boxes, inside_image, threshold), loss
+    )
+
+
+def test_smoothing_changes_nothing_at_the_published_threshold():
+    """A smoothed mask is above 1/2 exactly where the mask is 1."""
+    patterns = torch.arange(512)[:, None].bitwise_right_shift(torch.arange(9)) % 2
+    for pattern in patterns.view(-1, 3, 3):
+        assert [s > 0.5 for s in slow_smooth(pattern)[1]] == pattern[1].bool().tolist()
 
 
 # --- colors --------------------------------------------------------------------------------------

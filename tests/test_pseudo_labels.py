@@ -108,5 +108,9 @@ def test_assign_to_boxes_by_hand():
     # the first of equal boxes; a box taken by detection 0 is taken
     equal = torch.full((2, 3), 0.6)
     assert assign_to_boxes(equal, torch.tensor([0.9, 0.8])).tolist() == [0, 1, -1]
+    # an IoU at the threshold, in float32, reaches it; one that is not a number hides no box
+    assert assign_to_boxes(torch.tensor([[0.7]]), torch.tensor([0.9]), 0.7).tolist() == [0]
+    ious = torch.tensor([[math.nan, 0.9]])
+    assert assign_to_boxes(ious, torch.tensor([0.9])).tolist() == [-1, 0]
     assert assign_to_boxes(torch.zeros(0, 3), torch.zeros(0)).tolist() == [-1, -1, -1]
     assert assign_to_boxes(torch.zeros(3, 0), torch.zeros(3)).tolist() == []

@@ -31,7 +31,7 @@ def test_a_good_run_has_no_warnings():
         ({"similar_pair_share": 0.99}, "99.0% of the pairs of pixels look alike"),
         ({"mask_fill": 0.97}, "masks fill 97% of their boxes after half of the run"),
         ({"pseudo_masks_share": 0.0}, "no pseudo mask for 200 steps"),
-        ({"lost_boxes": 0.25}, "25% of the boxes have no location that learns them"),
+        ({"lost_boxes": 0.25}, "25% of the boxes have no positive location"),
     ],
 )
 def test_a_trap_is_told_once(metrics, words):

@@ -1,4 +1,4 @@
-"""Masks for given boxes of one image, in one look at it or in several.
+"""Masks for given boxes of one image, from one view of it or from several.
 
 G boxes · K masks · P locations · D detections · h, w pixels of an image
 """
@@ -47,7 +47,7 @@ def label_image(model: CondInst, pixels: np.ndarray, boxes: Tensor, looks: Looks
     """Masks for the boxes [G, 4] of an image, uint8 RGB [h, w, 3], both in its own pixels.
 
     Probabilities and scores are means over the looks. A mask without pixels over the threshold
-    keeps those from half of its maximum. None is empty.
+    keeps those from half of its maximum. So no mask is empty.
     """
     if not len(boxes):
         return []
@@ -126,7 +126,7 @@ def read_boxes(
     """The mask probabilities of boxes [G, 4] in the nth view, each in the window of its box, their
     scores [G], and which boxes have a detection.
 
-    Detections are assigned to boxes as in the teacher's step (BoxTeacher, section 3.2). A box
+    Detections are assigned to boxes as in the teacher's step (BoxTeacher). A box
     without one is read at its `best_location`, and its score takes the mean inside the true box.
     """
     cfg, seen_size = model.cfg, view.window[2:]
@@ -172,7 +172,7 @@ def detection_scores(
 
 
 def best_location(encoded: Encoded, quality: Tensor, box: Tensor) -> Tensor:
-    """Where to read the mask of a box [4] that no detection claims: an index into the P locations.
+    """Where to read the mask of a box [4] without a detection: an index into the P locations.
 
     It has the highest quality [P], largest class probability * centerness, of those that training
     gives to such a box: near its center, on the level for its size (FCOS, section 3). If the box is

@@ -5,17 +5,17 @@
     python -m boxteacher.tools.label --checkpoint last.pt
 
 The first command copies boxes.json. Every annotation keeps its place and its fields, and gets
-`segmentation`, `score` (mask-aware) and `mask_source`: `detection`, or `location` for a box that no
-detection claims. Crowds stay as they are. Classes do not matter. The second command labels the
+`segmentation`, `score` (mask-aware) and `mask_source`: `detection`, or `location` for a box
+without a detection. Crowds stay as they are. Classes do not matter. The second command labels the
 checkpoint's validation set and writes given_boxes.json next to it.
 
 An interrupted command goes on when it is given again. Until it is done, its results are in the file
 OUTPUT.unfinished, a line for each image.
 
 Where there are true masks, both commands compare the new masks, filled boxes and ellipses with
-them. The second one also compares GrabCut, if OpenCV is installed. --flip looks at everything
-mirrored, too. docs/tools.md says what that, --scales and --zoom bring and cost. Fields of the
-configuration are options, too (--device cpu).
+them. The second one also compares GrabCut, if OpenCV is installed. --flip adds the mirrored image.
+docs/tools.md says what that, --scales and --zoom bring and cost. Every field of the configuration
+is an option, too (`python train.py --help` shows them).
 """
 
 from __future__ import annotations
@@ -181,9 +181,9 @@ def read_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, A
     add("--output", metavar="FILE", help="the file to write")
     add("--draw", metavar="FILE", help="a picture of some images with boxes and masks")
     add("--polygons", action="store_true", help="write polygons, not run-length codes")
-    add("--min-score", type=float, default=0.0, metavar="S", help="masks below get left out")
+    add("--min-score", type=float, default=0.0, metavar="S", help="leave out lower scores")
     scales = functools.partial(from_word, "train_scales")  # a list of numbers, too
-    add("--scales", type=scales, default=(1.0,), metavar="LIST", help="sizes to look at: 1,1.5")
+    add("--scales", type=scales, default=(1.0,), metavar="LIST", help="sizes to average: 1,1.25")
     add("--zoom", type=float, default=0.0, metavar="PIXELS", help="enlarge each smaller box")
     args, given = parser.read(argv)
     files = [path for path in (args.boxes, args.images, args.output) if path]

@@ -26,7 +26,7 @@ from boxteacher.visualize import Points, chart
 
 COLORS = ("#1b6ca8", "#d1495b", "#2e933c", "#8f5db7", "#c77800", "#00868b", "#7a4b3a", "#555555")
 KINDS = {"segm": "mask", "bbox": "box"}
-FLYWHEEL = {
+TEACHING = {
     "pseudo_mask_iou": "IoU of pseudo masks with true masks",
     "mask_aware_score": "mask-aware score of pseudo masks",
     "pseudo_masks_share": "share of boxes with a pseudo mask",
@@ -38,7 +38,7 @@ OTHER = {
     "lr": "learning rate",
     "images_per_s": "images per second",
 }
-NOT_LOSSES = {"step", "loss", "pseudo_masks_per_image", "lost_side", *FLYWHEEL, *OTHER}
+NOT_LOSSES = {"step", "loss", "pseudo_masks_per_image", "lost_side", *TEACHING, *OTHER}
 NOT_LOSSES |= {"evaluation", "evaluation_s", "metric"}
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1280px; padding: 0 1em }
@@ -130,7 +130,7 @@ def page(runs: Sequence[Run]) -> str:
     for kind, what in KINDS.items():
         aps = {metric: f"{what} {metric}" for metric in ("AP", "AP50", "AP75")}
         parts.append(charts(runs, aps, "evaluation", kind))
-    parts += ["<h2>Pseudo masks over time</h2>", charts(runs, FLYWHEEL)]
+    parts += ["<h2>Pseudo masks over time</h2>", charts(runs, TEACHING)]
     names = dict.fromkeys(name for run in runs for line in run.lines for name in line)
     losses = {name: f"loss: {name}" for name in names if name not in NOT_LOSSES}
     parts += ["<h2>Losses</h2>", charts(runs, {"loss": "loss, all together"} | losses)]

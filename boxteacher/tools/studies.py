@@ -69,8 +69,7 @@ STUDIES: dict[str, list[C]] = {
         C("CondInst", f"nuclei --mode condinst {MASKS}"),
         C("BoxTeacher from the first step", "nuclei --pseudo-start 0"),
         C("BoxTeacher, pairwise loss ends", "nuclei --pairwise-ends"),
-        C(FIRST, "nuclei --mode boxinst --steps 1200 --weak-warmup-steps 250"),
-        C(SELF_TRAINING, f"nuclei {CONDINST} {MORE}", FIRST, FIRST),
+        C(SELF_TRAINING, f"nuclei {CONDINST} {MORE}", BOXINST, BOXINST),
     ],
     "default": [
         C("BoxInst", "shapes --mode boxinst"),
