@@ -69,7 +69,8 @@ STUDIES: dict[str, list[C]] = {
         C("CondInst", f"nuclei --mode condinst {MASKS}"),
         C("BoxTeacher from the first step", "nuclei --pseudo-start 0"),
         C("BoxTeacher, pairwise loss ends", "nuclei --pairwise-ends"),
-        C(SELF_TRAINING, f"nuclei {CONDINST} {MORE}", BOXINST, BOXINST),
+        C(FIRST, "nuclei --mode boxinst --steps 1200 --weak-warmup-steps 250"),
+        C(SELF_TRAINING, f"nuclei {CONDINST} {MORE}", FIRST, FIRST),
     ],
     "default": [
         C("BoxInst", "shapes --mode boxinst"),
