@@ -197,22 +197,23 @@ def train(
     if state.step > 0:  # what an interrupted run left to do
         evaluate_if_due()
     try:
-        for parts in batches:
-            if state.guard.must_stop():  # SIGTERM or SIGINT
-                save(out / "last.pt", state, train_set)
-                distributed.barrier()  # torchrun ends all processes when the first ends
-                raise state.guard.signals.stopped()
-            losses, metrics = train_step(state, parts)
-            if is_due_now(cfg.log_every):
-                log.step(state.step, learning_rate(cfg, state.step - 1), losses, metrics)
-            if is_due_now(cfg.checkpoint_every) or is_due_now(cfg.eval_every):
-                state.guard.raise_if_bad()
-                save(out / "last.pt", state, train_set)
-                evaluate_if_due()
-    except DataError:  # an image that cannot be read
-        state.guard.raise_if_bad()
-        save(out / "last.pt", state, train_set)
-        raise
+        try:
+            for parts in batches:
+                if state.guard.must_stop():  # a signal
+                    save(out / "last.pt", state, train_set)
+                    distributed.barrier()  # torchrun ends all processes when the first ends
+                    raise state.guard.signals.stopped()
+                losses, metrics = train_step(state, parts)
+                if is_due_now(cfg.log_every):
+                    log.step(state.step, learning_rate(cfg, state.step - 1), losses, metrics)
+                if is_due_now(cfg.checkpoint_every) or is_due_now(cfg.eval_every):
+                    state.guard.raise_if_bad()
+                    save(out / "last.pt", state, train_set)
+                    evaluate_if_due()
+        except DataError:  # an image that cannot be read
+            state.guard.raise_if_bad()
+            save(out / "last.pt", state, train_set)
+            raise
     except DivergedError as error:
         state.step = error.step  # the optimizer skipped that step
         state.guard.undo_statistics()
@@ -260,6 +261,7 @@ def speed_up(state: State) -> None:
             if average.shape == weight.shape:
                 averages[name] = torch.empty_like(weight).copy_(average)
     if distributed.world_size() > 1:
+        torch._dynamo.config.optimize_ddp = False  # it would split what is compiled
         ids = [device.index] if device.type == "cuda" else None
         state.model = DistributedDataParallel(state.student, device_ids=ids)
 
@@ -353,7 +355,7 @@ def main() -> None:
         auto = resolve_auto(Config(), device)
         for name in ("dtype", "compile"):
             if (value := getattr(cfg, name)) != (usual := getattr(auto, name)):
-                say_notes([f"{name} is {value}, as before (--{name} auto: {usual})"], "note")
+                say_notes([f"{name} is {value} (--{name} auto: {usual})"], "note")
 
     # Data and networks: nothing is written if one of them fails.
     checkpoint, classes = run_folder.load_last(cfg) if cfg.resume else (None, None)
@@ -372,7 +374,8 @@ def main() -> None:
     if checkpoint:
         restore(state, checkpoint)
 
-    out = distributed.from_main(run_folder.claim(cfg) if distributed.is_main() else None)
+    claimed = run_folder.claim(cfg, checkpoint) if distributed.is_main() else None
+    out = distributed.from_main(claimed)
     if distributed.is_main():
         write_text(out / "config.json", to_json(dataclasses.replace(cfg, resume=False)))
         masks = f" ({train_set.num_masks()} boxes have masks)" if cfg.use_masks else ""

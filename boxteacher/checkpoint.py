@@ -37,6 +37,8 @@ class Checkpoint(dict[str, Any]):
     """What a checkpoint holds, by name. Raises CheckpointError for an entry of the wrong type, and
     for one that is asked for and not there."""
 
+    written = 0  # when its file was, see `when_written`
+
     def __init__(self, path: str | Path, entries: Mapping[str, Any]) -> None:
         super().__init__(entries)
         self.path = path
@@ -52,6 +54,13 @@ class Checkpoint(dict[str, Any]):
         raise CheckpointError(f"{self.path}: has no entry {name!r}; give another checkpoint")
 
 
+def when_written(path: str | Path) -> int:
+    """Nanoseconds. 0 if there is no such file."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.stat(path).st_mtime_ns
+    return 0
+
+
 def save_checkpoint(path: str | Path, state: Mapping[str, Any]) -> None:
     """Write `state` so that `path` always holds a complete checkpoint, the old one or the new one
     (see `whole_file`).
@@ -65,14 +74,17 @@ def save_checkpoint(path: str | Path, state: Mapping[str, Any]) -> None:
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """The state that `save_checkpoint` wrote, with its tensors on the CPU. Raises CheckpointError
     for a missing, truncated, damaged or foreign file."""
+    written = when_written(path)
     with contextlib.suppress(zipfile.BadZipFile):  # read_file says more about such files
-        if os.path.isfile(path) and not zipfile.is_zipfile(path):  # its table is at the end
+        if os.access(path, os.R_OK) and os.path.isfile(path) and not zipfile.is_zipfile(path):
             raise CheckpointError(f"{path}: not a checkpoint of this program, or cut short")
     state = read_file(path)
     if not is_ours(state):
         raise CheckpointError(f"{path}: a PyTorch file, but not a checkpoint of this program")
     del state["format"]
-    return Checkpoint(path, state)
+    checkpoint = Checkpoint(path, state)
+    checkpoint.written = written
+    return checkpoint
 
 
 def is_ours(content: Mapping[str, Any]) -> bool:

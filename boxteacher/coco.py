@@ -470,7 +470,7 @@ def _load_image(images_dir: Path, contrast: str, entry: dict) -> np.ndarray:
     no agreed range and is refused. Pillow reads 16-bit files with color or alpha as 8 bits.
     """
     path = images_dir / entry["file_name"]
-    remedy = "replace it, or remove it from the JSON"
+    remedy = "replace it, or leave it out"
     with explain(str(path), remedy), open_file(path) as raw, Image.open(raw) as file:
         image = upright(file)
         if not image.mode.startswith(("I", "F")):

@@ -196,22 +196,20 @@ def problems(config: Config) -> Iterator[str]:
     # numbers on their own; comparisons with NaN are false
     for field, kind in FIELDS.items():
         value, least = getattr(c, field), 1 if field in AT_LEAST_1 else 0
-        if kind in (int, float) and not least <= value < math.inf:
-            yield f"{field} must be {least} or more, got {value}"
+        if kind in (int, float) and not least <= value < 2**32:
+            yield f"{field} must be {least} or more, and under 2**32, got {value}"
         if field in AT_MOST_1 and value > 1:
             yield f"{field} must be between 0 and 1, got {value}"
     if c.lr == 0:
         yield "lr is 0, so nothing would be learned"
     if c.batch_size % c.accumulate:
         yield f"batch_size={c.batch_size} cannot be taken in accumulate={c.accumulate} equal parts"
-    if list(c.lr_drops) != sorted(c.lr_drops):
-        yield "lr_drops must be in ascending order"
+    if [0, *c.lr_drops] != sorted([0, *c.lr_drops]):
+        yield "lr_drops must be 0 or more, in ascending order"
     if c.fpn_channels % 32 or c.fpn_channels < 64:
         yield "fpn_channels must be a multiple of 32, 64 at least (the head's GroupNorm)"
     if c.mask_norm == "gn" and c.mask_branch_channels < 4:
         yield "mask_branch_channels must be 4 or more for mask_norm=gn"
-    if c.seed >= 2**32:
-        yield f"seed must be under 2**32, got {c.seed}"
     if c.freeze_at > 2:
         yield f"freeze_at must be 0, 1 or 2, got {c.freeze_at}"
 
@@ -269,6 +267,8 @@ def warnings(config: Config) -> list[str]:
             f"weak_warmup_steps={c.weak_warmup_steps} is over half of steps={c.steps}:"
             " before the pairwise loss acts, masks are filled boxes"
         )
+    if c.mode != "condinst" and c.pairwise_ends and c.pseudo_start == 0 < c.steps - 1:
+        lines.append("pairwise_ends with pseudo_start=0: there is no pairwise loss at all")
     if c.mode == "boxteacher" and c.pseudo_start >= c.steps:
         lines.append(f"pseudo_start={c.pseudo_start} is beyond steps={c.steps}: no pseudo masks")
     if 2 * c.warmup_steps > c.steps:

@@ -496,9 +496,11 @@ def make_loader(
 
 
 def _outlive_signals(_: int) -> None:
-    """Ctrl-C, Slurm and torchrun signal all processes of a run. The main one goes on until it is
-    saved, so its workers must, too: for five minutes at most, which is longer than a step."""
+    """Ctrl-C, a closed terminal, Slurm and torchrun signal all processes of a run. The main one
+    goes on until it is saved, so its workers must, too: after SIGTERM for five minutes, which is
+    longer than a step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(300))
 
 

@@ -54,7 +54,8 @@ def run(main: Callable[[], object]) -> None:
     except UserError as error:
         end(1, f"error: {error}")
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and stdout_is_broken():  # train.py --list | head
+        is_unread = isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.EIO)
+        if is_unread and stdout_is_broken():  # train.py --list | head, or a closed terminal
             sys.exit(141)
         if "TORCHELASTIC_ERROR_FILE" in os.environ and "by peer" in str(error):  # gloo's words
             end(1, "error: another process of this run has ended; torchrun says which and how")
@@ -72,6 +73,10 @@ def end(code: int, message: str) -> NoReturn:
     with contextlib.suppress(OSError):  # nobody reads it
         if is_first_to_fail():
             print(printable(message), file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:  # Python would try again at its end, complain, and exit with 120
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
 

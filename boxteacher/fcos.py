@@ -254,6 +254,7 @@ def sample_best_locations(
     return order.gather(1, position[:, :slots]), is_real[:, :slots].bool()
 
 
+@torch.compiler.disable  # it reads a number from the device
 @torch.no_grad()
 def sample_random_locations(is_positive: Tensor, limit: int = 500) -> tuple[Tensor, Tensor]:
     """At most `limit` random positives of all images together (CondInst). is_positive [N, P].

@@ -41,7 +41,8 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
         # The new name must reach the disk too.
         directory = os.open(target.parent, os.O_RDONLY)
         try:
-            os.fsync(directory)
+            with contextlib.suppress(OSError):  # some network file systems cannot
+                os.fsync(directory)
         finally:
             os.close(directory)
     except (OSError, RuntimeError) as error:
@@ -59,15 +60,27 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def _places(path: str | Path) -> tuple[Path, Path]:
-    """Where links lead to, and the name of the file while it is written."""
+    """Where links lead to, and the name of the file while this process writes it."""
     target = Path(os.path.realpath(path))
-    return target, target.with_name(f".{target.name}.unfinished")
+    return target, target.with_name(f".{target.name}.{os.getpid()}.unfinished")
 
 
 def _prepare(target: Path) -> None:
     if target.exists() and not target.is_file():
         raise OSError(errno.EINVAL, "it is no regular file")
     target.parent.mkdir(parents=True, exist_ok=True)
+
+
+def files_below(folder: Path) -> list[Path]:
+    """All files below a folder, in order, also behind links. No folder is entered twice."""
+    found, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+        else:
+            seen.add(real)
+            found += [Path(place, name) for name in names]
+    return sorted(found)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -106,9 +106,9 @@ class RunGuard:
 
 
 class StopSignals:
-    """While it is entered, SIGTERM and SIGINT are only noted: a run goes on until it is saved. In
-    `at_once` all is saved, and they end it with Stopped. A second signal, two seconds later or
-    more, ends the process, as without this class.
+    """While it is entered, SIGTERM, SIGINT and SIGHUP (a closed terminal, unless nohup ignores it)
+    are only noted: a run goes on until it is saved. In `at_once` all is saved, and they end it with
+    Stopped. A second signal, two seconds later or more, ends the process, as without this class.
     """
 
     ONE_SIGNAL = 2.0  # seconds: Slurm and torchrun may send the same signal both
@@ -123,8 +123,9 @@ class StopSignals:
         return self
 
     def __enter__(self) -> StopSignals:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self.before[number] = signal.signal(number, self._note)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self.before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -137,8 +137,8 @@ class CondInst(nn.Module):
         """The weighted losses of one batch, and metrics: fractions [2] (numerator, denominator).
 
         images uint8 [N, 3, H, W]: what the student sees (`batch.images` is the plain copy, from
-        which colors are compared). weak_factor in [0, 1]: the warm-up of the losses that use no
-        true labels (pairwise, pseudo_mask, pseudo_affinity). has_begun: cfg.pseudo_start is over.
+        which colors are compared). weak_factor in [0, 1]: the warm-up of the weak losses (pairwise,
+        pseudo_mask, pseudo_affinity). has_begun: cfg.pseudo_start is over.
         Sums are divided by the mean count over ranks, whatever the number of processes.
         """
         cfg = self.cfg
@@ -168,8 +168,7 @@ class CondInst(nn.Module):
     def loss_sums(
         self, encoded: Encoded, batch: Batch, inside_image: Tensor, pseudo: PseudoMasks | None
     ) -> tuple[LossSums, dict[str, Tensor]]:
-        """Every loss of the mode as (sum, count), and metrics. It uses no Python-side sizes, so
-        torch.compile handles changing shapes.
+        """Every loss of the mode as (sum, count), and metrics. Shapes may change when compiled.
 
         inside_image bool [N, H4, W4]: the images without their padding and unreliable bottom rows.
         """

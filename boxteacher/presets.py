@@ -233,10 +233,10 @@ def override(config: Config, images: int = 0, **given: Any) -> Config:
     Some fields follow others, unless they are given too. `mode` changes those in which its
     published recipe differs from that of the config's mode (MODES). `steps` moves `lr_drops` and
     `pseudo_start` in proportion. If it makes the run shorter, it also makes both warm-ups shorter,
-    because masks stay boxes while the weak losses warm up. With `resume` all these stay: what the
+    since masks are filled boxes until the weak losses act. With `resume` all these stay: what the
     run has behind it would change.
     """
-    files = [f for f in ("train_json", "train_images", "val_json", "val_images") if f in given]
+    files = [f for f in ("train_json", "train_images", "val_json", "val_images") if given.get(f)]
     if files and given.get("dataset", config.dataset) == "shapes":
         raise ConfigError(
             f"{files[0]}: preset {config.preset} generates its images and reads no files;"
@@ -246,7 +246,7 @@ def override(config: Config, images: int = 0, **given: Any) -> Config:
     if "steps" in given and given.get("epochs"):
         raise ConfigError("steps and epochs are both lengths of the run: give only one")
     epochs = given.setdefault("epochs", 0.0 if "steps" in given else config.epochs)
-    if epochs and images:
+    if images and 0 < epochs < 2**32:  # else `validate` refuses it
         batch_size = given.get("batch_size", config.batch_size)
         given["steps"] = max(round(epochs * images / max(batch_size, 1)), 1)
 

@@ -211,8 +211,8 @@ def as_tensor(value: Any, what: str) -> Tensor:
 def describe(networks: Networks, what: str) -> tuple[dict[str, Any], int]:
     """The configuration fields that a file's weights imply, and the number of its classes.
 
-    Only the stride of ResNets does not show in the weights. It is in the 1x1 convs, but with
-    deformable convs in the 3x3 ones, as in the published configurations.
+    The weights do not show the order of colors (BGR here), nor the stride of ResNets. It is in the
+    1x1 convs, but with deformable convs in the 3x3 ones, as in the published configurations.
     """
     weights = next(iter(networks.values()))
     fields: dict[str, Any] = {"pixel_format": "bgr"}

@@ -38,6 +38,9 @@ from .visualize import (
 )
 
 T = TypeVar("T")
+# Fields of the configuration. They are in the line of an evaluation.
+WHAT_AP_DEPENDS_ON = """metric val_json val_images shapes_val test_size test_max_size test_scale
+    contrast max_detections""".split()
 SAY_EVERY = 30  # seconds between lines of progress where there is no terminal for a bar
 
 
@@ -48,17 +51,20 @@ class RunLog:
 
     def __init__(self, path: Path, cfg: Config, start: int) -> None:
         self.batch_size, self.metric = cfg.batch_size, cfg.metric
+        self.of = {name: getattr(cfg, name) for name in WHAT_AP_DEPENDS_ON}
         self.path = path if distributed.is_main() else None
         self.evaluated = -1  # the step of the last evaluation
         self.tables: dict[str, Any] = {}  # of this evaluation
-        self.best_ap = -1.0  # of all evaluations
+        self.best_ap = -1.0  # of those that best.pt was chosen from
         if self.path:  # drop what an interrupted run wrote after its checkpoint
             lines = [line for line in read_lines(path) if 0 < line["step"] <= start]
             write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
-            for line in lines:
-                is_known = line.get("metric", cfg.metric) == cfg.metric  # another one: anew
+            for line in lines:  # what was measured otherwise is measured anew
+                is_known = all(line.get(name, value) == value for name, value in self.of.items())
                 if is_known and isinstance(tables := line.get("evaluation"), dict):
                     self._remember(line["step"], tables)
+            if not path.with_name("best.pt").exists():
+                self.best_ap = -1.0
         self.evaluated = distributed.from_main(self.evaluated)
         self.bar = tqdm(
             total=cfg.steps,
@@ -104,8 +110,7 @@ class RunLog:
             self.last_said = self.started
 
     def evaluation(self, step: int, tables: dict[str, Any], seconds: float) -> None:
-        line = {"step": step, "metric": self.metric, "evaluation": tables}
-        self._write(line | {"evaluation_s": seconds})
+        self._write({"step": step, **self.of, "evaluation": tables, "evaluation_s": seconds})
         self._remember(step, tables)
         self.started, self.since = time.perf_counter(), step
 

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from .checkpoint import Checkpoint, load_checkpoint
+from .checkpoint import Checkpoint, load_checkpoint, when_written
 from .config import Config, ConfigError, changes_on_resume, from_dict
 from .data import Classes, CocoDataset
 from .files import WriteError
@@ -62,7 +62,7 @@ def resume_after_restart(cfg: Config) -> Config:
     on with its run, if that has saved anything. Without --out that is the last name taken.
     """
     counters = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
-    if all(os.environ.get(name, "0") == "0" for name in counters):
+    if all(os.environ.get(name, "0") in ("", "0") for name in counters):
         return cfg
     out = name_of(cfg)
     if not cfg.out:
@@ -81,22 +81,24 @@ def refuse_taken(cfg: Config) -> None:
         )
 
 
-def claim(cfg: Config) -> Path:
+def claim(cfg: Config, checkpoint: Checkpoint | None) -> Path:
     """Make the folder and lock it. Without --out a new run takes the next free name.
 
     The lock is held until this process ends, however it ends. It is a POSIX lock of the file .lock:
     child processes do not inherit it, and NFS knows it. A file system without locks is used without
-    one. Raises ConfigError if another process has the lock.
+    one. Raises ConfigError if another process has the lock, or has written to the run since its
+    `checkpoint` was read.
     """
     out = name_of(cfg)
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         if cfg.out or cfg.resume:
-            out.mkdir(parents=True, exist_ok=True)
+            out.mkdir(exist_ok=True)
         else:
             names = itertools.chain([out], later_names(out))
             for out in names:
                 with contextlib.suppress(FileExistsError):  # made by another run perhaps
-                    out.mkdir(parents=True)
+                    out.mkdir()
                     break
         file = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)  # never closed
     except OSError as error:
@@ -109,4 +111,8 @@ def claim(cfg: Config) -> Path:
         ) from None
     except OSError:
         os.close(file)
+    if when_written(out / "last.pt") != (checkpoint.written if checkpoint else 0):
+        raise ConfigError(f"out: another run has written to {out} meanwhile; start again")
+    for unfinished in out.glob(".*.pt.*.unfinished"):  # of runs that were killed
+        unfinished.unlink()
     return out

@@ -153,6 +153,8 @@ def test_what_is_given_is_not_scaled_but_warned_about():
     assert config.warnings(parse([*argv, "--weak-warmup-steps", "450"])) == []
     (line,) = config.warnings(parse(["coco_boxinst_r50_1x", "--steps=900", "--warmup-steps=500"]))
     assert line.startswith("warmup_steps=500")
+    (line,) = config.warnings(parse(["coco_boxinst_r50_1x", "--pairwise-ends"]))
+    assert "no pairwise loss at all" in line
     (line,) = config.warnings(parse(["coco_boxinst_r50_1x", "--steps=900", "--lr-drops=600,900"]))
     assert "lr_drops" in line
 
@@ -293,11 +295,13 @@ def test_what_is_not_understood_is_refused(argv, words):
     ("argv", "words"),
     [
         (["--steps", "0"], "steps must be 1 or more"),
+        (["--steps", "9" * 20], "steps must be 1 or more, and under 2**32"),
+        (["--epochs", "1e308"], "epochs must be 0 or more, and under 2**32"),
         (["--batch-size", "-3"], "batch_size must be 1 or more"),
         (["--lr", "-0.1"], "lr must be 0 or more"),
         (["--shapes-size", "32"], "shapes_size must be 64 or more, got 32"),
         (["--lr", "0"], "nothing would be learned"),
-        (["--seed", "1764300000000000000"], "seed must be under 2**32"),
+        (["--seed", "1764300000000000000"], "seed must be 0 or more, and under 2**32"),
         (["--size-unit", "0"], "size_unit must be 1 or more"),
         (["--teacher-size", "32"], "teacher_size must be 0 or 64 or more"),
         (["--mask-norm", "gn", "--mask-branch-channels", "3"], "4 or more for mask_norm=gn"),
@@ -311,6 +315,7 @@ def test_what_is_not_understood_is_refused(argv, words):
         (["--teacher-size", "1500"], "raise test_max_size"),
         (["--fpn-channels", "40"], "multiple of 32"),
         (["--lr-drops", "800,600"], "ascending"),
+        (["--lr-drops=-5,600"], "0 or more"),
         (["--norm", "frozen_bn"], "use --norm bn or --norm gn"),
         (["--freeze-at", "2"], "use --freeze-at 0"),
         (["--pretrained", "--norm", "gn"], "--no-pretrained"),
@@ -347,7 +352,7 @@ def test_help_shows_every_field_and_the_comment_next_to_it(capsys):
         shown = printed(capsys, *argv)
         for field in dataclasses.fields(Config)[1:]:  # preset is no option but the first word
             assert re.search(rf"^  --{field.name.replace('_', '-')}[ ,]", shown, re.MULTILINE)
-        assert "data loading processes per rank" in shown
+        assert "data loading workers of each process" in shown
         assert "one of condinst, boxinst, boxteacher" in " ".join(shown.split())
 
 

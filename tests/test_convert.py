@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 
 import numpy as np
 import pytest
@@ -162,7 +163,10 @@ def test_voc_boxes_only(voc, tmp_path, monkeypatch):
             lambda root: voc_image(root, "2007_1", [("cow", 0, 9, 9, 2, 9)]),
             "without width or height",
         ),
-        (lambda root: voc_image(root, "2007_1", [("unicorn", 0, 1, 1, 9, 9)]), "unicorn"),
+        (
+            lambda root: voc_image(root, "2007_1", [("unicorn", 0, 1, 1, 9, 9)]),
+            "class .unicorn. is none of VOC",
+        ),
         (lambda root: (root / "JPEGImages/2007_2.jpg").unlink(), r"2007_2\.jpg cannot be read"),
         (
             lambda root: save(root / "SegmentationObject/2007_2.png", picture(40, 60)),
@@ -312,6 +316,21 @@ def test_yolo_with_a_folder_for_each_set(tmp_path, monkeypatch):
         assert names(coco)[coco["annotations"][0]["category_id"]] == "bolt"
 
 
+def test_yolo_behind_links_without_labels_and_with_a_pipe(yolo, tmp_path, monkeypatch, capsys):
+    (yolo / "images/val").rename(tmp_path / "elsewhere")
+    (yolo / "images/val").symlink_to(tmp_path / "elsewhere")
+    save(yolo / "images/.ipynb_checkpoints/a.png", picture(20, 40))
+    run(monkeypatch, "yolo", yolo, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "boxes_train.json",
+        "instances_val.json",
+    }
+    assert "left out: 1 missing files of labels" in capsys.readouterr().out
+    os.mkfifo(yolo / "images/train/pipe.png")
+    with pytest.raises(DataError, match=r"pipe\.png cannot be read .*not a regular file"):
+        run(monkeypatch, "yolo", yolo, tmp_path / "out")
+
+
 def test_a_comma_or_a_hash_in_a_name_is_a_part_of_it():
     lines = "- cup\n- bottle, glass\n  - 'fire, \"hydrant\"'\n- C#\n"
     wanted = {0: "cup", 1: "bottle, glass", 2: 'fire, "hydrant', 3: "C#"}
@@ -404,6 +423,10 @@ def test_dsb(dsb, tmp_path, monkeypatch, capsys):
     assert [path.name for path in (tmp_path / "lists").iterdir()] == ["instances_val.json"]
     val = load(tmp_path / "lists/instances_val.json", dsb / "stage1_train")
     assert [image["file_name"] for image in val["images"]] == ["bb/images/bb.png"]
+    write(tmp_path / "other/val.txt", "aa\n")
+    lists = ["--list", tmp_path / "val.txt", "--list", tmp_path / "other/val.txt"]
+    with pytest.raises(DataError, match="two sets have the name val"):
+        run(monkeypatch, "dsb", dsb, tmp_path / "more", *lists)
 
 
 def test_dsb_of_another_shape(dsb, tmp_path, monkeypatch):

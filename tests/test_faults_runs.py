@@ -232,6 +232,19 @@ def test_a_path_that_cannot_be_written_is_said_in_one_line(tmp_path, monkeypatch
     assert sorted(os.listdir()) == ["file", "folder", "loop"]
 
 
+def test_two_processes_that_write_one_file_do_not_mix(tmp_path):
+    path = tmp_path / "results.json"
+    child = f"from boxteacher.files import *; check_writable(Path({str(path)!r})); "
+    child += f"write_text({str(path)!r}, 'b' * 100)"
+    with whole_file(path) as file:
+        file.write(b"a" * 10)
+        subprocess.run([sys.executable, "-c", child], cwd=ROOT, check=True)
+        assert path.read_bytes() == b"b" * 100
+        file.write(b"a" * 10)
+    assert path.read_bytes() == b"a" * 20
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_what_is_interrupted_while_it_is_written_leaves_the_old(tmp_path):
     write_text(tmp_path / "a", "old")
     with contextlib.suppress(KeyboardInterrupt), whole_file(tmp_path / "a") as file:
@@ -368,6 +381,10 @@ def test_what_is_no_line_of_metrics_is_left_out(tmp_path, tail):
     log = RunLog(path, Config(steps=10), start=2)
     log.close()
     assert path.read_bytes() == GOOD
+    assert (log.evaluated, log.best_ap) == (2, -1)  # there is no best.pt
+    (tmp_path / "best.pt").touch()
+    log = RunLog(path, Config(steps=10), start=2)
+    log.close()
     assert (log.evaluated, log.best_ap) == (2, 12.5)
 
 
@@ -463,6 +480,9 @@ def test_resuming_a_finished_run_does_what_is_left(finished, tmp_path):
     assert "since it was resumed" in ended.out
     assert json.loads((folder / "tables.json").read_text())["metric"] == "voc"
     assert [line["metric"] for line in metrics(folder)[-2:]] == ["coco", "voc"]
+    ended = train("--resume", "--out", folder, "--shapes-val", 4)
+    assert ended.code == 0, ended.err
+    assert [line["shapes_val"] for line in metrics(folder)[-2:]] == [3, 4]  # evaluated anew
     ended = train("--resume", "--out", folder, "--steps", 1)
     assert ended.err.splitlines()[-1].startswith("error: resume: ")
     assert "has 2 steps already" in ended.err
@@ -517,8 +537,30 @@ def test_a_run_that_never_began_leaves_nothing(tmp_path):
 
 def test_two_runs_never_get_the_same_free_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = [str(run_folder.claim(parse(TINY))) for _ in range(3)]
+    names = [str(run_folder.claim(parse(TINY), None)) for _ in range(3)]
     assert names == ["runs/shapes", "runs/shapes_2", "runs/shapes_3"]
+
+
+def test_a_run_that_another_has_written_to_meanwhile_is_not_claimed(tmp_path):
+    """While this one read its data, the other one finished, and its lock is gone."""
+    path = tmp_path / "last.pt"
+    cfg = parse([*TINY, "--out", str(tmp_path)])
+    (tmp_path / ".last.pt.1.unfinished").touch()  # of a run that was killed
+    assert run_folder.claim(cfg, None) == tmp_path
+    assert {path.name for path in tmp_path.iterdir()} == {".lock"}
+    save_checkpoint(path, {"step": 1})
+    assert "start again" in refusal(run_folder.claim, cfg, None)
+    checkpoint = load_checkpoint(path)
+    assert run_folder.claim(cfg, checkpoint) == tmp_path
+    save_checkpoint(path, {"step": 2})
+    os.utime(path, ns=(0, checkpoint.written + 1))
+    assert "start again" in refusal(run_folder.claim, cfg, checkpoint)
+
+
+def test_a_folder_of_runs_that_is_a_dead_link_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs").symlink_to("disk that is not mounted")
+    assert "cannot write runs" in refusal(run_folder.claim, parse(TINY), None)
 
 
 # --- classes --------------------------------------------------------------------------------------
@@ -749,7 +791,8 @@ def test_a_run_that_ends_while_it_evaluates_is_finished_by_resume(tmp_path, numb
     assert lines_in(folder) == 1
     resumed = train("--resume", "--out", folder)
     assert resumed.code == 0, resumed.err
-    assert {path.name for path in folder.iterdir()} - {".results.json.unfinished"} == FILES
+    names = {path.name for path in folder.iterdir()}
+    assert names - {f".results.json.{process.pid}.unfinished"} == FILES
     assert "evaluation" in metrics(folder)[-1]
 
 
@@ -774,7 +817,7 @@ errors.run(main)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_second_signal_ends_a_run_at_once(number):
     command = [sys.executable, "-c", SIGNALED, "later"]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -788,6 +831,19 @@ def test_a_second_signal_ends_a_run_at_once(number):
     process.send_signal(number)
     process.communicate(timeout=60)
     assert process.returncode == -number
+
+
+def test_nohup_stays_in_force():
+    code = """
+import signal
+from boxteacher.guard import StopSignals
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+with StopSignals() as signals:
+    signal.raise_signal(signal.SIGHUP)
+    print(signals.received)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ended.stdout == "False\n", ended.stderr
 
 
 def test_a_signal_ends_at_once_what_is_saved():

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 import subprocess
 import sys
 
@@ -19,6 +20,7 @@ from boxteacher.command_line import parse
 from boxteacher.config import ConfigError
 from boxteacher.data import collate, make_val_set
 from boxteacher.fcos import Detections, make_locations
+from boxteacher.files import WriteError
 from boxteacher.losses import box_masks
 from boxteacher.mask_head import aligned_upsample
 from boxteacher.masks import decode_mask
@@ -545,6 +547,37 @@ def test_what_was_interrupted_goes_on(folder, monkeypatch, capsys, name, code):
     assert not lines.exists()
 
 
+def test_an_interrupted_call_makes_only_images_anew_whose_boxes_have_changed(
+    folder, monkeypatch, tmp_path
+):
+    shutil.copy(folder / "boxes.json", tmp_path / "boxes.json")
+    words = [*options(folder), "--boxes", tmp_path / "boxes.json", "--output", tmp_path / "m.json"]
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    made, label_entry = [], label.label_entry
+    monkeypatch.setattr(
+        label,
+        "label_entry",
+        lambda *a: interrupted() if len(made) == 3 else made.append(a[2]) or label_entry(*a),
+    )
+    with pytest.raises(KeyboardInterrupt):
+        run(monkeypatch, *words)
+    coco = json.loads((tmp_path / "boxes.json").read_text())
+    removed, changed = (coco["images"][n]["id"] for n in (0, 1))
+    del coco["images"][0]  # its file was broken
+    coco["annotations"] = [a for a in coco["annotations"] if a["image_id"] != removed]
+    next(a for a in coco["annotations"] if a["image_id"] == changed)["bbox"][2] -= 1
+    (tmp_path / "boxes.json").write_text(json.dumps(coco))
+    made.clear()
+    monkeypatch.setattr(label, "label_entry", lambda *a: made.append(a[2]) or label_entry(*a))
+    run(monkeypatch, *words)
+    assert made == [0, 2]  # the changed one, and the last
+    labeled = json.loads((tmp_path / "m.json").read_text())["annotations"]
+    assert all("segmentation" in a for a in labeled if not a.get("iscrowd"))
+
+
 def test_a_picture_shows_boxes_masks_and_true_masks(folder, monkeypatch):
     run(monkeypatch, *options(folder), "--draw", folder / "masks.png")
     run(monkeypatch, "--checkpoint", folder / "last.pt", "--draw", folder / "val.jpg")
@@ -561,8 +594,13 @@ def test_a_picture_shows_boxes_masks_and_true_masks(folder, monkeypatch):
 def test_options_that_do_not_go_together_are_refused(folder, monkeypatch):
     with pytest.raises(ConfigError, match="give --boxes, --images and --output, or none"):
         run(monkeypatch, *options(folder)[:-2])
-    with pytest.raises(ConfigError, match="is a folder: give the file to write"):
+    with pytest.raises(WriteError, match="it is no regular file"):
         run(monkeypatch, *options(folder), "--output", folder)
+    for name in ("last.pt", "boxes.json"):
+        with pytest.raises(ConfigError, match=f"{name} is also another file of this command"):
+            run(monkeypatch, *options(folder), "--output", folder / name)
+    with pytest.raises(ConfigError, match="min-score: give a number between 0 and 1, got nan"):
+        run(monkeypatch, *options(folder), "--min-score", "nan")
     with pytest.raises(ConfigError, match="is about generated images; to read files, add"):
         run(monkeypatch, "--checkpoint", folder / "last.pt", "--val-json", folder / "val.json")
     with pytest.raises(ConfigError, match="no validation set in the checkpoint"):

@@ -129,7 +129,8 @@ def test_pycocotools_loads_the_results(folder, first):
 def test_maps_hold_every_visible_instance(folder, first):
     name = str(folder / "images/b.png")
     results = [r for r in results_of(first) if r["file_name"] == name]
-    ids = np.array(Image.open(first / "instances/b.png"))
+    (picture,) = (first / "instances").glob("*_b.png.png")
+    ids = np.array(Image.open(picture))
     assert ids.dtype == np.uint16
     masks = np.array([decode_mask(r["segmentation"]) for r in results])
     assert ((ids > 0) == masks.any(0)).all()
@@ -140,9 +141,12 @@ def test_maps_hold_every_visible_instance(folder, first):
 
 
 def test_pictures_have_the_names_and_shapes_of_their_images(first):
-    names = {str(p.relative_to(first / "overlays")) for p in (first / "overlays").rglob("*.png")}
-    assert names == {"a.jpg.png", "b.png", "c.png", "below/a.png"}
-    picture = Image.open(first / "overlays/a.jpg.png")
+    """Two images have the name a, in two folders."""
+    names = sorted(path.name for path in (first / "overlays").iterdir())
+    assert names == [
+        f"{n:06}_{m}.png" for n, m in enumerate(("a.jpg", "b.png", "a.png", "c.png"), 1)
+    ]
+    picture = Image.open(first / "overlays/000001_a.jpg.png")
     assert picture.width == 800
     assert picture.height > 400  # and the legend
 
@@ -235,18 +239,14 @@ def test_a_call_with_more_images_keeps_the_pictures_of_before(folder, monkeypatc
     shutil.copy(folder / "images/b.png", images / "below/b.png")
     options = (images, "--output", images / "found", "--draw", "class", "--instance-maps")
     run(monkeypatch, folder, *options)
-    before = (images / "found/overlays/below/b.png").read_bytes()
+    before = (images / "found/overlays/000001_b.png.png").read_bytes()
     shutil.copy(folder / "images/c.png", images / "b.png")
     run(monkeypatch, folder, *options)
-    names = {str(p.relative_to(images)) for p in images.rglob("*.png")}
-    pictures = {
-        f"found/{kind}/{name}" for kind in predict.PICTURES for name in ("b.png", "below/b.png")
-    }
-    assert names == {"b.png", "below/b.png"} | pictures
-    assert (images / "found/overlays/below/b.png").read_bytes() == before
+    for kind in ("overlays", "instances"):
+        pictures = {path.name for path in (images / "found" / kind).iterdir()}
+        assert pictures == {"000001_b.png.png", "000002_b.png.png"}
+    assert (images / "found/overlays/000001_b.png.png").read_bytes() == before
     assert {r["image_id"] for r in results_of(images / "found")} == {1, 2}
-    with pytest.raises(ConfigError, match=r"results of other settings \(pictures_of\)"):
-        run(monkeypatch, folder, folder / "images", *options)
 
 
 def test_folders_and_what_pillow_cannot_open_are_no_images(folder, monkeypatch, tmp_path):
@@ -256,6 +256,11 @@ def test_folders_and_what_pillow_cannot_open_are_no_images(folder, monkeypatch, 
     found = predict.find_images([str(tmp_path / "images"), str(tmp_path / "images/b*")])
     names = [str(Path(name).relative_to(tmp_path / "images")) for name in found]
     assert names == ["b.png", "below/a.png"]
+    (tmp_path / "images/linked").symlink_to(folder / "images/below")
+    (tmp_path / "images/endless").symlink_to(tmp_path / "images")
+    found = predict.find_images([str(tmp_path / "images")])
+    names = [str(Path(name).relative_to(tmp_path / "images")) for name in found]
+    assert names == ["b.png", "below/a.png", "linked/a.png"]
 
 
 def test_it_is_a_program_for_globs(folder):

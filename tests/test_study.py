@@ -14,6 +14,7 @@ import pytest
 
 from boxteacher.command_line import parse
 from boxteacher.config import ConfigError
+from boxteacher.errors import UserError
 from boxteacher.presets import PRESETS
 from boxteacher.tools import study, study_tables
 
@@ -182,6 +183,26 @@ def results_of(folder) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def test_what_one_run_raises_ends_no_other(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    configurations = {c.label: c for c in (study.C(*words) for words in TWO)}
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+
+    def do(run, lock, children):
+        if run.identity["label"] == "a":
+            raise OSError(28, "No space left on device")
+        return run.identity | {"mask_ap": 40.0}
+
+    monkeypatch.setattr(study, "do", do)
+    runs = [study.make_run(folder, configurations, label, 0) for label in "ab"]
+    with pytest.raises(UserError, match="1 runs failed"):
+        study.run_all(runs, 1, folder)
+    first, second = study.read_results(folder)
+    assert "No space left" in first["error"]
+    assert second["mask_ap"] == 40.0
+
+
 def test_a_killed_study_goes_on_where_it_stopped(tmp_path):
     """The runs of seed 2 would take ten minutes. The study is killed while they run."""
     killed = start(tmp_path, "--seeds", "0-2", "--jobs", "2")
@@ -261,6 +282,7 @@ def test_self_training_starts_from_the_studys_own_boxinst_and_its_masks(tmp_path
             "only: 'none' is not one of 'BoxInst, first part', 'BoxInst'",
         ),
         (["shapes", "--seeds", "one"], "seeds: give 0-4 or 0,1,2 and the like, not one"),
+        (["shapes", "--seeds", "5-3"], "seeds: give 0-4 or 0,1,2 and the like, not 5-3"),
     ],
 )
 def test_errors_are_one_line(words, message, monkeypatch, tmp_path):

@@ -501,6 +501,15 @@ def test_an_image_that_cannot_be_read_costs_no_step(files, tmp_path):
     for name, weight in whole["student"].items():
         assert torch.equal(weight, other["student"][name]), name
 
+    # The step before it was bad: that is said, and diverged.pt is there.
+    poison = load_checkpoint(tmp_path / "whole/last.pt")
+    poison["student"]["head.centerness.bias"].fill_(3e38)
+    save_checkpoint(tmp_path / "poison.pt", poison)
+    image.write_bytes(content[: len(content) // 2])
+    words += ["--batch-size", 6, "--seed", 2, "--init", tmp_path / "poison.pt"]
+    assert_error(train(*words, "--out", tmp_path / "bad"), "not finite: centerness", "diverged.pt")
+    assert load_checkpoint(tmp_path / "bad/diverged.pt")["step"] == 0
+
 
 def test_condinst_says_that_it_needs_masks(files, tmp_path):
     words = [*options_for(64), *files[1], "--mode", "condinst", "--out", tmp_path / "out"]

@@ -67,7 +67,7 @@ def read_arguments(argv: Sequence[str]) -> tuple[Config, argparse.Namespace]:
     if options.profile and (options.against or options.only == "data"):
         raise ConfigError("--profile is of a training step: not with --against or --only data")
     cfg = from_preset(**({"preset": preset, "batch_size": 2} | given))
-    if 0 < options.synthetic_coco < cfg.batch_size:
+    if options.synthetic_coco and options.synthetic_coco < cfg.batch_size:
         raise ConfigError(f"--synthetic-coco must be {cfg.batch_size} images (a batch) or more")
     return cfg, options
 

@@ -26,7 +26,7 @@ from pycocotools import mask as rle_codec
 from tqdm import tqdm
 
 from boxteacher import errors
-from boxteacher.coco import DataError, check_coco, explain, orientation, upright
+from boxteacher.coco import DataError, check_coco, explain, open_file, orientation, upright
 from boxteacher.command_line import Parser
 from boxteacher.config import ConfigError
 from boxteacher.files import write_text
@@ -57,7 +57,8 @@ def make_coco(images: ImageSet, boxes_only: bool) -> tuple[dict[str, Any], Count
 
 def upright_size(path: Path) -> tuple[int, int]:
     """The (h, w) of an image as it is shown: EXIF may turn it by a quarter."""
-    with explain(str(path), "add it, or replace it"), Image.open(path) as image:
+    remedy = "add it, or replace it"
+    with explain(str(path), remedy), open_file(path) as file, Image.open(file) as image:
         # Pillow 13 gives the upright size of a TIFF, and the stored size of other files.
         return (image if orientation(image) == 1 else upright(image)).size[::-1]
 
@@ -108,8 +109,9 @@ def main() -> None:
         for note in check_coco(coco, str(path)):
             print(f"warning: {note}", file=sys.stderr)
         written[path] = json.dumps(coco), describe(path, images, coco, left_out)
-    for path, (content, summary) in written.items():
+    for path, (content, _) in written.items():
         write_text(path, content)
+    for _, summary in written.values():
         print(summary)
 
 

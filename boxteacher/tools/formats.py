@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as rle_codec
 
-from boxteacher.coco import DataError, explain
+from boxteacher.coco import DataError, explain, open_file
 from boxteacher.masks import encode_mask
 
 Objects = list[dict[str, Any]]  # COCO annotations without ids: category_id, bbox, segmentation ...
@@ -63,7 +63,7 @@ def read_names(path: Path) -> list[str]:
 def read_map(path: Path, size: tuple[int, int], mode: str = "") -> np.ndarray:
     """A picture of numbers, one for each pixel [h, w]. In memory column follows column, as RLE.
     With a `mode`, it is converted to that mode of Pillow before."""
-    with explain(str(path), "replace it"), Image.open(path) as image:
+    with explain(str(path), "replace it"), open_file(path) as file, Image.open(file) as image:
         numbers = np.asfortranarray(image.convert(mode) if mode else image)
     if numbers.shape != size:
         raise DataError(f"{path}: its image has {size} pixels (h, w), it has {numbers.shape}")
@@ -113,11 +113,13 @@ def read_voc_image(
         for element in ElementTree.parse(xml).getroot().findall("object"):
             corners = [element.findtext(f"bndbox/{k}") for k in ("xmin", "ymin", "xmax", "ymax")]
             x1, y1, x2, y2 = map(float, corners)
-            category_id = VOC_CLASSES.index(element.findtext("name")) + 1
+            name = (element.findtext("name") or "").strip()
             box = [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1]
-            if min(box[2:]) <= 0:
+            if not all(side > 0 for side in box[2:]):
                 raise ValueError(f"an object without width or height: {corners}")
-            objects.append({"category_id": category_id, "bbox": box})
+            if name not in VOC_CLASSES:
+                raise ValueError(f"class {name!r} is none of VOC's 20")
+            objects.append({"category_id": VOC_CLASSES.index(name) + 1, "bbox": box})
     if not with_masks:
         return objects, {}
 
@@ -183,10 +185,10 @@ def read_dsb(source: Path, lists: Sequence[Path]) -> list[ImageSet]:
     """All of stage1_train as the set train, or the ids in each of the `lists`."""
     require(source, "the 2018 Data Science Bowl", ["stage1_train"])
     folder = source / "stage1_train"
-    ids = {path.stem: read_names(path) for path in lists}
-    ids = ids or {"train": sorted(path.name for path in folder.iterdir() if path.is_dir())}
-    files = {name: [folder / i / "images" / f"{i}.png" for i in ids[name]] for name in ids}
-    return [ImageSet(name, folder, {1: "nucleus"}, files[name], read_dsb_image) for name in ids]
+    sets = [(path.stem, read_names(path)) for path in lists]
+    sets = sets or [("train", sorted(path.name for path in folder.iterdir() if path.is_dir()))]
+    files = {name: [folder / i / "images" / f"{i}.png" for i in ids] for name, ids in sets}
+    return [ImageSet(n, folder, {1: "nucleus"}, files[n], read_dsb_image) for n, _ in sets]
 
 
 def read_dsb_image(

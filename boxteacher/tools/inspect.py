@@ -33,7 +33,7 @@ from boxteacher.fcos import Detections
 from boxteacher.model import CondInst, PseudoMasks, scale_boxes
 from boxteacher.presets import from_preset
 from boxteacher.pseudo_labels import assign_to_boxes
-from boxteacher.reporting import progress
+from boxteacher.reporting import progress, say_notes
 from boxteacher.tools.common import load_network
 from boxteacher.tools.given_boxes import detection_scores
 from boxteacher.tools.statistics import alike_pairs, show_statistics
@@ -150,6 +150,7 @@ def main() -> None:
         classes = Classes(state["class_names"], state["category_ids"], options.checkpoint)
     fewer = min(images, cfg.shapes_train)  # the same first images, and less to paint
     data = make_train_set(dataclasses.replace(cfg, shapes_train=fewer), classes)
+    say_notes(data.notes)
     if options.statistics:
         return show_statistics(data, cfg, images)
     chosen = range(min(images, len(data)))

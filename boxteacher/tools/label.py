@@ -28,7 +28,9 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -139,22 +141,30 @@ def label_dataset(
     settings: dict,
 ) -> list[dict[str, Any]]:
     """The rows of all boxes but crowds. Each image's become a line of the file `lines`, and what
-    an interrupted call has left there is not made again."""
-    rows = {line["image_id"]: line["rows"] for line in lines_so_far(lines, settings)}
+    an interrupted call has left there is not made again, if the image has the same boxes."""
+    annotations = defaultdict(list)
+    for annotation in data.coco["annotations"]:
+        annotations[annotation["image_id"]].append(annotation)
+    content = {i["id"]: json.dumps([i, annotations[i["id"]]]) for i in data.coco["images"]}
+    digests = {i: hashlib.sha256(text.encode()).hexdigest() for i, text in content.items()}
+    done = (line for line in lines_so_far(lines, settings) if line["image_id"] in digests)
+    rows = {d["image_id"]: d["rows"] for d in done if d["data"] == digests[d["image_id"]]}
     todo = [index for index in range(len(data)) if int(data.image_ids[index]) not in rows]
     if rows:
         print(f"goes on after {len(rows)} of {len(data)} images", file=sys.stderr)
     for index in progress(todo, "label", len(todo)):
         image_id = int(data.image_ids[index])
         rows[image_id] = label_entry(model, data, index, looks, args)
-        append_line(lines, {"image_id": image_id, "rows": rows[image_id]})
+        known = {"image_id": image_id, "data": digests[image_id]}
+        append_line(lines, known | {"rows": rows[image_id]})
     return list(itertools.chain.from_iterable(rows.values()))
 
 
 def draw_sheet(data: CocoDataset, sets_of_masks: dict[str, CocoDataset]) -> Image.Image:
     """Some images, spread over the set: their boxes, and their masks in the other sets."""
     chosen = [index for index, boxes in enumerate(data.boxes) if len(boxes)]
-    chosen = chosen[:: max(len(chosen) // DRAWN, 1)][:DRAWN]
+    places = np.linspace(0, len(chosen) - 1, min(DRAWN, len(chosen))).round().astype(int)
+    chosen = [chosen[place] for place in places]
     sizes, titles = data.sizes[chosen].tolist(), ["boxes", *sets_of_masks]
     side = sheet_side([height / max(height, width) for height, width in sizes], len(titles))
     rows = []
@@ -191,7 +201,9 @@ def read_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, A
         raise ConfigError("give --boxes, --images and --output, or none of them")
     if not args.scales or min(args.scales) <= 0 or not 0 <= args.zoom < math.inf:
         raise ConfigError("scales: give one or more factors above 0, and zoom: 0 or more pixels")
-    if args.draw and not args.draw.lower().endswith((".png", ".jpg")):
+    if not 0 <= args.min_score <= 1:
+        raise ConfigError(f"min-score: give a number between 0 and 1, got {args.min_score}")
+    if args.draw and Path(args.draw).suffix.lower() not in (".png", ".jpg"):
         raise ConfigError(f"draw: {args.draw}: give a name that ends in .png or .jpg")
     return args, given, Looks(args.scales, given.pop("flip", False), args.zoom)
 
@@ -206,13 +218,14 @@ def main() -> None:
     elif cfg.dataset == "coco" and not cfg.val_json:
         raise ConfigError("no validation set in the checkpoint: give --boxes, --images, --output")
     output = Path(args.output or Path(args.checkpoint).with_name("given_boxes.json"))
-    if output.is_dir():
-        raise ConfigError(f"output: {output} is a folder: give the file to write")
+    for read in filter(None, (args.checkpoint, args.boxes, args.draw)):
+        if os.path.realpath(read) == os.path.realpath(output):
+            raise ConfigError(f"output: {output} is also another file of this command")
+    check_writable(output)
     data = make_val_set(cfg)
     say_notes(data.notes)
     lines = output.with_name(f"{output.name}.unfinished")
-    settings = settings_of(args, "boxes", "draw", "min_score")
-    settings["data"] = hashlib.sha256(json.dumps(data.coco).encode()).hexdigest()
+    settings = settings_of(args, "boxes", "images", "draw", "min_score")
     if args.draw:
         check_writable(Path(args.draw))
     with claimed_lines(lines, settings):

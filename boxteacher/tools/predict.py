@@ -5,8 +5,9 @@
 No annotations are needed. DIR/results.json has the results in COCO's format. `image_id` counts the
 images, and `file_name` names them. DIR/results.jsonl grows by a line for each image. An interrupted
 command goes on when it is given again. --draw writes pictures to DIR/overlays. --instance-maps
-writes PNGs of 16 bits to DIR/instances: 0 is background, and k the image's k-th result. Fields of
-the configuration are options, too (--device cpu).
+writes PNGs of 16 bits to DIR/instances: 0 is background, and k the image's k-th result. Names of
+pictures begin with the image_id. Every field of the configuration is an option, too (`python
+train.py --help` shows them).
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from boxteacher import errors
 from boxteacher.coco import DataError, image_loader
 from boxteacher.coco_eval import to_coco_results
 from boxteacher.command_line import Parser
 from boxteacher.config import ConfigError
-from boxteacher.files import append_line, whole_file
+from boxteacher.data import make_loader
+from boxteacher.files import append_line, files_below, whole_file
 from boxteacher.masks import decode_mask, polygons
 from boxteacher.model import CondInst, Instances, whole_view
 from boxteacher.reporting import progress
@@ -49,7 +50,6 @@ from boxteacher.visualize import (
 
 File = tuple[str, np.ndarray]  # its name and its pixels, uint8 RGB [h, w, 3]
 LEAST_SIDE, MOST_SIDE = 800, 2000  # the long side of a drawn picture
-PICTURES = ("overlays", "instances")  # folders below the output
 
 
 def find_images(words: Sequence[str]) -> list[str]:
@@ -59,19 +59,12 @@ def find_images(words: Sequence[str]) -> list[str]:
     for word in words:
         found = [word] if os.path.isfile(word) else glob.glob(word, recursive=True)
         if os.path.isdir(word):
-            found = [str(path) for path in Path(word).rglob("*") if path.suffix.lower() in readable]
+            found = [str(p) for p in files_below(Path(word)) if p.suffix.lower() in readable]
         found = [name for name in found if os.path.isfile(name)]
         if not found:
             raise ConfigError(f"{word}: no image there; give files, folders of images or globs")
         names += sorted(found)
     return list(dict.fromkeys(names))
-
-
-def common_folder(words: Sequence[str]) -> Path:
-    """The folder below which all images are that the words can mean."""
-    paths = (Path(os.path.abspath(word)) for word in words)
-    folders = [next(p for p in (path, *path.parents) if p.is_dir()) for path in paths]
-    return Path(os.path.commonpath(folders))
 
 
 def read_file(load: Callable[[dict], np.ndarray], names: list[str]) -> File | None:
@@ -147,19 +140,17 @@ def main() -> None:
     add("--score", type=float, default=0.5, metavar="S", help="least score of a result (0.5)")
     add("--batch", type=int, default=1, metavar="N", help="images of one size at a time (1)")
     add("--polygons", action="store_true", help="write polygons, not run-length codes")
-    add("--draw", choices=("class", "instance"), help="pictures, with one color for each")
+    add("--draw", choices=("class", "instance"), help="pictures, one color per class or instance")
     add("--instance-maps", action="store_true", help="PNGs of 16 bits")
     args, given = parser.read(sys.argv[1:])
     if args.batch < 1 or not 0 <= args.score <= 1:
         raise ConfigError("give a --batch of 1 or more and a --score between 0 and 1")
-    own = {(args.output / part).resolve() for part in PICTURES}  # from an earlier call
+    overlays, instances = args.output / "overlays", args.output / "instances"
+    own = {overlays.resolve(), instances.resolve()}  # pictures of an earlier call
     names = [n for n in find_images(args.images) if own.isdisjoint(Path(n).resolve().parents)]
-    settings, root = settings_of(args, "images", "batch"), common_folder(args.images)
-    if args.draw or args.instance_maps:
-        settings["pictures_of"] = str(root)  # with another root, names would meet
+    settings = settings_of(args, "images", "batch")
     model, state = load_network(args.checkpoint, {"teacher_size": 0} | given)
     lines, results_path = args.output / "results.jsonl", args.output / "results.json"
-    overlays, instances = (args.output / part for part in PICTURES)
     with claimed_lines(lines, settings):
         done = {line["file_name"] for line in lines_so_far(lines, settings)}
         todo, count = [name for name in names if name not in done], len(done)
@@ -167,15 +158,15 @@ def main() -> None:
             print(f"goes on after {count} images", file=sys.stderr)
 
         read = functools.partial(read_file, image_loader(".", model.cfg.contrast))
-        files = DataLoader(todo, num_workers=model.cfg.workers, collate_fn=read)
+        order = ([index] for index in range(len(todo)))
+        files = make_loader(todo, order, model.cfg.workers, read)
         readable = filter(None, progress(files, "predict", len(todo)))
         for name, pixels, found in predict_all(model, readable, args.batch):
             count, size = count + 1, pixels.shape[:2]
             keep = (found.scores >= args.score).nonzero().flatten()
             masks = [found.masks[k] for k in keep.tolist()]
             found = Instances(found.boxes[keep], found.scores[keep], found.labels[keep], masks)
-            target = Path(os.path.abspath(name)).relative_to(root)
-            png = target.with_name(target.name.removesuffix(".png") + ".png")
+            png = f"{count:06}_{Path(name).name}.png"  # names alone may be equal
             ids = instance_map(masks, size) if args.draw or args.instance_maps else None
             if args.instance_maps:
                 save_picture(Image.fromarray(ids), instances / png)
@@ -193,7 +184,8 @@ def main() -> None:
         print(f"{write_results(lines, results_path)} instances in {count} images")
     print(results_path)
     if failed := len(todo) + len(done) - count:
-        raise errors.UserError(f"{failed} of {len(todo)} files could not be read")
+        advice = "replace them and give the same command again"
+        raise errors.UserError(f"{failed} of {len(todo)} files could not be read; {advice}")
 
 
 if __name__ == "__main__":

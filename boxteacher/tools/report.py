@@ -21,7 +21,7 @@ from boxteacher.coco_eval import COLUMNS
 from boxteacher.command_line import Parser
 from boxteacher.config import FIELDS
 from boxteacher.files import write_text
-from boxteacher.reporting import read_lines
+from boxteacher.reporting import WHAT_AP_DEPENDS_ON, read_lines
 from boxteacher.visualize import Points, chart
 
 COLORS = ("#1b6ca8", "#d1495b", "#2e933c", "#8f5db7", "#c77800", "#00868b", "#7a4b3a", "#555555")
@@ -39,7 +39,7 @@ OTHER = {
     "images_per_s": "images per second",
 }
 NOT_LOSSES = {"step", "loss", "pseudo_masks_per_image", "lost_side", *TEACHING, *OTHER}
-NOT_LOSSES |= {"evaluation", "evaluation_s", "metric"}
+NOT_LOSSES |= {"evaluation", "evaluation_s", *WHAT_AP_DEPENDS_ON}
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1280px; padding: 0 1em }
 .charts { display: flex; flex-wrap: wrap; gap: 12px } .scroll { overflow-x: auto }

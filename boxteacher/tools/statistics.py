@@ -101,13 +101,13 @@ def advice(found: dict[str, Any], cfg: Config) -> list[str]:
         (alike > 60, f"{alike_is}: raise --color-threshold, or use --contrast stretch if dark"),
         (
             small < 12,
-            f"5 % of the boxes have a longer side under {small:.0f} pixels, and masks have a grid"
-            f" of 4 pixels: images {16 / max(small, 1):.1f} times as large help",
+            f"5 % of the boxes have a longer side under {max(small, 1):.0f} pixels, and masks have"
+            f" a grid of 4 pixels: images {16 / max(small, 1):.1f} times as large help",
         ),
         (
             not cfg.size_unit / 4 <= middle <= 4 * cfg.size_unit,
             f"half of the boxes are larger than {middle:.0f} pixels, half smaller: most would share"
-            f" one level of the pyramid: --size-unit {middle / 1.5:.0f}",
+            f" one level of the pyramid: --size-unit {max(middle / 1.5, 1):.0f}",
         ),
         (
             most > cfg.max_detections,

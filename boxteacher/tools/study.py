@@ -143,7 +143,10 @@ def run_all(runs: list[Run], jobs: int, study: Path) -> None:
         for folder in run.needs:
             if folder in futures and "error" in futures[folder].result():
                 return run.identity | {"error": f"{folder} failed, which comes first"}
-        return do(run, lock, children)
+        try:
+            return do(run, lock, children)
+        except (OSError, ValueError, LookupError) as error:  # a full disk, metrics without AP
+            return run.identity | {"error": repr(error)}
 
     try:
         for run in waiting:
@@ -196,6 +199,8 @@ def main() -> None:
     try:
         ends = [part.partition("-") for part in args.seeds.split(",")]
         seeds = sorted({s for low, _, high in ends for s in range(int(low), int(high or low) + 1)})
+        if not seeds:
+            raise ValueError
     except ValueError:
         raise ConfigError(f"seeds: give 0-4 or 0,1,2 and the like, not {args.seeds}") from None
 

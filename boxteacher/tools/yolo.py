@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from boxteacher.coco import DataError, explain
+from boxteacher.files import files_below
 from boxteacher.tools.formats import ImageSet, Objects, read_lines, require
 
 IMAGE_ENDINGS = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
@@ -18,18 +19,19 @@ IMAGE_ENDINGS = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 def read_yolo(source: Path) -> list[ImageSet]:
     """A set for each folder of images: images/SET or SET/images, with labels next to it."""
-    require(source, "a YOLO data set", ["."])
     classes, folders = read_class_names(source), {}
-    for path in sorted(source.rglob("*")):
+    for path in files_below(source):
         parts = path.relative_to(source).parts[:-1]
-        if "images" in parts and path.suffix.lower() in IMAGE_ENDINGS:
+        is_hidden = any(part.startswith(".") for part in parts)
+        if "images" in parts and not is_hidden and path.suffix.lower() in IMAGE_ENDINGS:
             folders.setdefault(parts, []).append(path)
     if not folders:
         require(source, "a YOLO data set", ["images/SET or SET/images with images in it"])
     sets = []
     for parts, files in folders.items():
         labels = Path(source, *("labels" if part == "images" else part for part in parts))
-        require(source, "a YOLO data set", [str(labels.relative_to(source))])
+        name = str(labels.relative_to(source))
+        require(source, "a YOLO data set (labels may be an empty folder)", [name])
         name = "_".join(part for part in parts if part != "images") or "all"
         read = functools.partial(read_yolo_image, labels, classes)
         sets.append(ImageSet(name, Path(source, *parts), classes, files, read))
@@ -69,6 +71,7 @@ def read_yolo_image(
     x and y of the three or more points of its outline. All are shares of the image's sides. An
     image without a file has no objects."""
     file, objects, (height, width) = labels / f"{path.stem}.txt", [], size
+    left_out["missing files of labels (these images have no objects)"] += not file.is_file()
     for n, line in enumerate(read_lines(file) if file.is_file() else [], start=1):
         where = f"{file}, object {n}"
         with explain(where, "write class and numbers with spaces between them"):
