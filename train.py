@@ -261,7 +261,6 @@ def speed_up(state: State) -> None:
             if average.shape == weight.shape:
                 averages[name] = torch.empty_like(weight).copy_(average)
     if distributed.world_size() > 1:
-        torch._dynamo.config.optimize_ddp = False  # it would split what is compiled
         ids = [device.index] if device.type == "cuda" else None
         state.model = DistributedDataParallel(state.student, device_ids=ids)
 
@@ -279,6 +278,7 @@ def compile_parts(network: CondInst, **options: Any) -> None:
     """
     # torch 2.11 writes hundreds of lines about sizes as symbols. They say nothing of use.
     logging.getLogger("torch.utils._sympy.interp").setLevel(logging.ERROR)
+    torch._dynamo.config.optimize_ddp = False  # DDP would split the parts once more
     for part in (network.backbone, network.head, network.mask_branch):
         part.forward = torch.compile(part.forward, **options)
     network.loss_sums = torch.compile(network.loss_sums, **options)

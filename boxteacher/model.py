@@ -384,9 +384,9 @@ def pseudo_losses(
     pseudo: PseudoMasks,
     affinity_threshold: float,
 ) -> LossSums:
-    """BoxTeacher (arXiv 2210.05174): the noise-aware pixel loss and the noise-reduced
-    affinity loss against pseudo masks, each weighted by its mask's score. The
-    affinity loss is a mean over an instance's pairs. The count makes both means over instances."""
+    """BoxTeacher (arXiv 2210.05174): the noise-aware pixel loss and the noise-reduced affinity loss
+    against pseudo masks, each weighted by its mask's score. The affinity loss is a mean over an
+    instance's pairs. The count makes both means over instances."""
     trust = sampled.of_boxes(pseudo.weights)  # [N, K]
     masks = sampled.of_boxes(pseudo.masks).to(sampled.probs.dtype)
     dice = losses.dice_loss(sampled.probs, masks)

@@ -50,8 +50,8 @@ class RunLog:
     """
 
     def __init__(self, path: Path, cfg: Config, start: int) -> None:
-        self.batch_size, self.metric = cfg.batch_size, cfg.metric
-        self.of = {name: getattr(cfg, name) for name in WHAT_AP_DEPENDS_ON}
+        self.batch_size = cfg.batch_size
+        self.settings = {name: getattr(cfg, name) for name in WHAT_AP_DEPENDS_ON}
         self.path = path if distributed.is_main() else None
         self.evaluated = -1  # the step of the last evaluation
         self.tables: dict[str, Any] = {}  # of this evaluation
@@ -60,7 +60,7 @@ class RunLog:
             lines = [line for line in read_lines(path) if 0 < line["step"] <= start]
             write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
             for line in lines:  # what was measured otherwise is measured anew
-                is_known = all(line.get(name, value) == value for name, value in self.of.items())
+                is_known = all(line.get(f, v) == v for f, v in self.settings.items())
                 if is_known and isinstance(tables := line.get("evaluation"), dict):
                     self._remember(line["step"], tables)
             if not path.with_name("best.pt").exists():
@@ -110,7 +110,7 @@ class RunLog:
             self.last_said = self.started
 
     def evaluation(self, step: int, tables: dict[str, Any], seconds: float) -> None:
-        self._write({"step": step, **self.of, "evaluation": tables, "evaluation_s": seconds})
+        self._write({"step": step, **self.settings, "evaluation": tables, "evaluation_s": seconds})
         self._remember(step, tables)
         self.started, self.since = time.perf_counter(), step
 
