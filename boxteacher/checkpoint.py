@@ -55,8 +55,8 @@ class Checkpoint(dict[str, Any]):
 
 
 def when_written(path: str | Path) -> int:
-    """Nanoseconds. 0 if there is no such file."""
-    with contextlib.suppress(FileNotFoundError):
+    """In nanoseconds. 0 if there is no such file."""
+    with contextlib.suppress(OSError, ValueError):
         return os.stat(path).st_mtime_ns
     return 0
 
@@ -76,7 +76,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     for a missing, truncated, damaged or foreign file."""
     written = when_written(path)
     with contextlib.suppress(zipfile.BadZipFile):  # read_file says more about such files
-        if os.access(path, os.R_OK) and os.path.isfile(path) and not zipfile.is_zipfile(path):
+        if os.path.isfile(path) and os.access(path, os.R_OK) and not zipfile.is_zipfile(path):
             raise CheckpointError(f"{path}: not a checkpoint of this program, or cut short")
     state = read_file(path)
     if not is_ours(state):

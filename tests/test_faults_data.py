@@ -626,7 +626,7 @@ def test_doubts_name_what_hardly_can_be_meant():
     assert doubts(ids, boxes, corners, sizes, areas) == []
     assert doubts(ids, boxes, np.full_like(corners, NAN), sizes, areas * NAN) == []
     (note,) = doubts(ids, corners, corners, sizes, areas * NAN)
-    assert f"were 'bbox' {CORNERS}" in note
+    assert f"if 'bbox' was {CORNERS}" in note
     (note,) = doubts(ids, boxes, corners + 1, sizes, areas)
     assert "(-1.0, -1.0) pixels from their masks" in note
     (note,) = doubts(ids, boxes, corners, sizes, areas * 2)

@@ -907,7 +907,7 @@ def test_torchrun_restarts_a_run_after_a_kill_and_all_ranks_stop_together(whole,
     os.kill(children_of(process.pid)[-1], signal.SIGTERM)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 1, err
-    stopped = [line for line in err.splitlines() if line.startswith("stopped, and all of it")]
+    stopped = [line for line in err.splitlines() if line.startswith("stopped, and everything")]
     assert len(stopped) == 1, err
     step = load_checkpoint(folder / "last.pt")["step"]
     assert list(steps_of(folder)) == list(range(1, step + 1))

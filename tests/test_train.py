@@ -318,7 +318,7 @@ def test_bfloat16_and_compilation_are_chosen_by_the_device_unless_said(tmp_path)
     resolved = json.loads((tmp_path / "bfloat16/config.json").read_text())
     assert (resolved["dtype"], resolved["compile"]) == ("bfloat16", "off")
     resumed = train("--resume", "--steps", 2, "--out", tmp_path / "bfloat16")
-    assert "note: dtype is bfloat16, as before (--dtype auto: float32)\n" in resumed.err
+    assert "note: dtype is bfloat16 (--dtype auto: float32)\n" in resumed.err
     assert "note: compile" not in resumed.err
 
 
