@@ -196,8 +196,10 @@ def problems(config: Config) -> Iterator[str]:
     # numbers on their own; comparisons with NaN are false
     for field, kind in FIELDS.items():
         value, least = getattr(c, field), 1 if field in AT_LEAST_1 else 0
-        if kind in (int, float) and not least <= value < 2**32:
-            yield f"{field} must be {least} or more, and under 2**32, got {value}"
+        most = math.inf if kind is float and field != "epochs" else 2**32
+        if kind in (int, float) and not least <= value < most:
+            limit = ", and under 2**32" * (most < math.inf)
+            yield f"{field} must be {least} or more{limit}, got {value}"
         if field in AT_MOST_1 and value > 1:
             yield f"{field} must be between 0 and 1, got {value}"
     if c.lr == 0:

@@ -503,7 +503,7 @@ def test_an_image_that_cannot_be_read_costs_no_step(files, tmp_path):
 
     # The step before it was bad: that is said, and diverged.pt is there.
     poison = load_checkpoint(tmp_path / "whole/last.pt")
-    poison["student"]["head.centerness.bias"].fill_(3e38)
+    poison["teacher"]["head.centerness.bias"].fill_(3e38)  # the one that --init takes
     save_checkpoint(tmp_path / "poison.pt", poison)
     image.write_bytes(content[: len(content) // 2])
     words += ["--batch-size", 6, "--seed", 2, "--init", tmp_path / "poison.pt"]
