@@ -23,13 +23,14 @@ class WriteError(UserError):
 
 
 @contextlib.contextmanager
-def whole_file(path: str | Path) -> Iterator[BinaryIO]:
+def whole_file(path: str | Path, shared: bool = False) -> Iterator[BinaryIO]:
     """A file to write to. `path` always holds complete content, the old or the new, even if the
     process is killed or the power fails.
 
-    It is written under another name, flushed to the disk and then renamed. Raises WriteError.
+    It is written under another name, flushed to the disk and then renamed. `shared`: several
+    processes may do so at the same time, each under a name of its own. Raises WriteError.
     """
-    target, unfinished = _places(path)
+    target, unfinished = _places(path, shared)
     handled = sys.exc_info()[1]  # by the caller, which may save because of it
     try:
         _prepare(target)
@@ -59,10 +60,11 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
             unfinished.unlink(missing_ok=True)
 
 
-def _places(path: str | Path) -> tuple[Path, Path]:
-    """Where links lead to, and the name of the file while this process writes it."""
+def _places(path: str | Path, shared: bool) -> tuple[Path, Path]:
+    """Where links lead to, and the name of the file while it is written."""
     target = Path(os.path.realpath(path))
-    return target, target.with_name(f".{target.name}.{os.getpid()}.unfinished")
+    own = f".{os.getpid()}" * shared
+    return target, target.with_name(f".{target.name}{own}.unfinished")
 
 
 def _prepare(target: Path) -> None:
@@ -84,7 +86,7 @@ def files_below(folder: Path) -> list[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    with whole_file(path) as file:
+    with whole_file(path, shared=True) as file:
         file.write(text.encode(errors="replace"))
 
 
@@ -99,7 +101,7 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
 
 def check_writable(path: Path) -> None:
     """Raise WriteError if `path` could not be written now. What it holds stays."""
-    target, trial = _places(path)
+    target, trial = _places(path, shared=True)
     try:
         _prepare(target)
         trial.touch()

@@ -113,6 +113,4 @@ def claim(cfg: Config, checkpoint: Checkpoint | None) -> Path:
         os.close(file)
     if when_written(out / "last.pt") != (checkpoint.written if checkpoint else 0):
         raise ConfigError(f"out: another run has written to {out} meanwhile; start again")
-    for unfinished in out.glob(".*.pt.*.unfinished"):  # of runs that were killed
-        unfinished.unlink()
     return out
